@@ -13,20 +13,24 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_NOUNS = (
-    "Answer Belief Bundle Capture Endpoint Evidence Example Finding LabelSpace Model Question Response Span"
-).split()
-_VERBS = (
-    "add aggregate check demo evaluate explain export init label monitor package query report run serve show train"
-).split()
+_NOUNS = {
+    *("Answer", "Belief", "Bundle", "Capture", "Endpoint", "Evidence", "Example", "Finding", "LabelSpace", "Model"),
+    *("Question", "Response", "Span"),
+}
+_VERBS = {
+    *("init", "add", "query", "label", "aggregate", "train", "evaluate", "check", "package", "serve", "monitor"),
+    *("explain", "run", "report", "show", "export"),
+}
 
-__all__ = ["TrilobeError", "__version__", *_NOUNS, *_VERBS]
+__all__ = sorted({"TrilobeError", "__version__", "demo", *_NOUNS, *_VERBS})
 
 
 def __getattr__(name: str) -> Any:
     """Import a noun or a verb the first time somebody asks for it (PEP 562)."""
     if name == "TrilobeError":
         return import_module("trilobe.errors").TrilobeError
+    if name == "demo":
+        return import_module("trilobe.demos").demo
     if name in _NOUNS:
         return getattr(import_module("trilobe.types"), name)
     if name in _VERBS:
@@ -35,4 +39,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return list(__all__)

@@ -1,0 +1,55 @@
+"""A torch module as an ONNX graph, for serving without torch."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from trilobe.errors import TrainingError
+from trilobe.types import FloatArray
+
+
+def to_onnx(module: nn.Module, X: FloatArray, input_name: str = "x", output_name: str = "logits") -> bytes:
+    """The module in eval mode as ONNX bytes; the first axis (examples) is free, the others are those of ``X``.
+
+    Args:
+        module: maps ``(n, ...)`` float32 to logits.
+        X: an example input ``(n, ...)``; only its shape matters.
+        input_name, output_name: names in the graph.
+
+    >>> import numpy as np
+    >>> graph = to_onnx(nn.Linear(2, 3), np.zeros((1, 2), dtype=np.float32))
+    >>> len(graph) > 100
+    True
+    """
+    sample = torch.from_numpy(X[:1]).repeat(2, *[1] * (X.ndim - 1))
+    with _quiet():
+        program = torch.onnx.export(
+            module.eval(),
+            (sample,),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
+            input_names=[input_name],
+            output_names=[output_name],
+            verbose=False,
+        )
+    if program is None:
+        raise TrainingError("the network could not be exported to ONNX", expected="a network torch.export can trace")
+    return bytes(program.model_proto.SerializeToString())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter talks of torchvision and of its own future; neither is the user's business."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,296 @@
+"""Training a torch module from beliefs, and predicting with it.
+
+One loss takes any belief: certain labels, soft beliefs from noisy answers, sets from partial ones, a row per token in
+sequences. The module is given from outside; what it looks like is the task's business.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trilobe.algorithms.weights import from_safetensors, to_safetensors
+from trilobe.errors import TrainingError, UsageError
+from trilobe.files import write_atomically
+from trilobe.types import FloatArray
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+Progress = Callable[[int, int, float], None]
+
+
+def belief_loss(logits: Tensor, likelihood: Tensor, bootstrap: float = 1.0, mask: Tensor | None = None) -> Tensor:
+    """The one loss: how surprising the answers are to the model.
+
+    With ``likelihood`` l(k) = P(answers | class k) up to a factor, and p the model's softmax, the probability of the
+    answers under the model is sum_k p(k) l(k). Its negative logarithm has the gradient p - q in the logits, where
+
+        q(k)  ∝  l(k) p(k)^bootstrap ,   bootstrap = 1                                                        (1)
+
+    is the belief with the model itself as the prior: training by this loss is the M-step of the engine in
+    :mod:`trilobe.data.beliefs`. The loss returned is the cross-entropy from q, held fixed, to p, which has this
+    gradient. Special cases: a certain label gives the usual cross-entropy; a set S gives -log sum_{k in S} p(k) (Hu
+    et al. 2019, equation 4); ``bootstrap`` = 0 leaves the model out and gives plain soft targets; values between
+    trust the model's own opinion partly.
+
+    Args:
+        logits: ``(..., n_classes)``.
+        likelihood: the same shape, at least 0, a positive entry in every row that counts.
+        bootstrap: 0 to 1, see equation (1).
+        mask: ``(...)`` booleans, False for rows that do not count (padding).
+
+    Returns:
+        The mean over rows, a scalar.
+
+    >>> certain = torch.tensor([[0.0, 1.0]])
+    >>> round(float(belief_loss(torch.tensor([[0.0, 0.0]]), certain)), 4)
+    0.6931
+    """
+    log_p = torch.log_softmax(logits, dim=-1)
+    with torch.no_grad():
+        q = likelihood * torch.exp(bootstrap * (log_p - log_p.amax(dim=-1, keepdim=True)))
+        total = q.sum(dim=-1, keepdim=True)
+        # A model that excludes, in floating point, what the answers leave possible: fall back on the answers alone.
+        q = torch.where(total > 0, q / total.clamp_min(1e-30), likelihood / likelihood.sum(dim=-1, keepdim=True))
+    rows = -(q * log_p).sum(dim=-1)
+    return rows.mean() if mask is None else (rows * mask).sum() / mask.sum().clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train: every number that changes the result, so that it can be recorded and repeated.
+
+    Training takes ``max(steps, epochs * batches)`` steps of AdamW under a one-cycle schedule (Smith and Topin 2018).
+    """
+
+    steps: int = 300
+    epochs: int = 20
+    batch_size: int = 32
+    lr: float = 3e-3
+    weight_decay: float = 1e-2
+    bootstrap: float = 1.0
+    seed: int = 0
+
+    def total_steps(self, n: int) -> int:
+        """Optimizer steps for ``n`` examples."""
+        return max(self.steps, self.epochs * -(-n // self.batch_size))
+
+
+def fit(
+    module: nn.Module,
+    X: FloatArray,
+    likelihood: FloatArray,
+    plan: Plan = Plan(),
+    augment: Augment | None = None,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Train ``module`` in place on ``X`` ``(n, ...)`` float32 and ``likelihood`` ``(n, ..., n_classes)``.
+
+    The same arguments give the same weights, also when the process was killed in between: with ``checkpoint`` the
+    whole state (weights, moments, random numbers, step) is written every few seconds and found again.
+
+    Args:
+        module: maps ``X`` to logits; left in eval mode.
+        X, likelihood: the examples and what is believed of them.
+        plan: the numbers.
+        augment: changes a batch at random, given a generator.
+        checkpoint: a file to resume from and to write; removed at the end.
+        progress: called with (step, total steps, loss).
+
+    Returns:
+        The training loss per step (of this call's steps).
+
+    Raises:
+        TrainingError: NaN in the input, the loss or the weights, or a module that does not fit its input.
+
+    >>> net = nn.Linear(2, 2)
+    >>> losses = fit(net, np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32), Plan(steps=50, lr=0.1))
+    >>> losses[-1] < losses[0]
+    True
+    """
+    x, target = _checked(X, likelihood)
+    total = plan.total_steps(len(x))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=plan.lr, weight_decay=plan.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.lr, total_steps=total)
+    state = _Resumable(module, optimizer, plan, x, target, checkpoint)
+    generator, order, losses = state.generator, state.order, []
+    module.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.seed)  # for dropout inside the module
+        start = state.restore(schedule)
+        for step in range(start, total):
+            at = step % -(-len(x) // plan.batch_size)
+            if at == 0:
+                order.copy_(torch.randperm(len(x), generator=generator))
+            batch = order[at * plan.batch_size : (at + 1) * plan.batch_size]
+            if len(batch) == 1 and len(x) > 1:
+                batch = torch.cat([batch, order[:1]])  # batch normalization needs two
+            xb = x[batch]
+            loss = belief_loss(
+                _logits(module, augment(xb, generator) if augment else xb), target[batch], plan.bootstrap
+            )
+            losses.append(float(loss.detach()))
+            if not np.isfinite(losses[-1]):
+                raise TrainingError(
+                    f"the loss became {losses[-1]} at step {step + 1} of {total}",
+                    expected="a finite loss",
+                    hint=f"lower train.lr (now {plan.lr}), and look for extreme values in the input",
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            state.save(step + 1)
+            if progress and (step % 10 == 9 or step + 1 == total):
+                progress(step + 1, total, losses[-1])
+    module.eval()
+    check_finite(module)
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    return losses
+
+
+def predict_logits(module: nn.Module, X: FloatArray, batch_size: int = 1024) -> FloatArray:
+    """Logits of ``X`` ``(n, ...)`` in eval mode, ``(n, n_classes)`` float32 (any shape the module gives).
+
+    >>> predict_logits(nn.Linear(2, 3), np.zeros((5, 2), dtype=np.float32)).shape
+    (5, 3)
+    """
+    module.eval()
+    with torch.no_grad():
+        parts = [_logits(module, torch.from_numpy(X[i : i + batch_size])) for i in range(0, max(len(X), 1), batch_size)]
+    return np.asarray(torch.cat(parts).numpy())
+
+
+def cross_fit(
+    make: Callable[[], nn.Module],
+    X: FloatArray,
+    likelihood: FloatArray,
+    plan: Plan,
+    folds: int = 3,
+    augment: Augment | None = None,
+    progress: Progress | None = None,
+) -> FloatArray:
+    """Out-of-fold logits ``(n, n_classes)``: each example judged by a module that never saw its answers.
+
+    What calibration, model-bootstrapped aggregation and an estimate without a test set all need. ``folds`` shrinks to
+    ``n`` when there are fewer examples.
+
+    >>> cross_fit(lambda: nn.Linear(2, 2), np.eye(2, dtype=np.float32), np.eye(2), Plan(steps=2), folds=2).shape
+    (2, 2)
+    """
+    n = len(X)
+    folds = max(2, min(folds, n))
+    if n < 2:
+        raise UsageError(f"cross-fitting on {n} example(s)", expected="at least 2")
+    part = np.random.default_rng(plan.seed).permutation(n) % folds
+    out: FloatArray | None = None
+    for fold in range(folds):
+        held = part == fold
+        module = make()
+        fit(module, X[~held], likelihood[~held], plan, augment, progress=progress)
+        logits = predict_logits(module, X[held])
+        out = np.empty((n, *logits.shape[1:]), dtype=np.float32) if out is None else out
+        out[held] = logits
+    return np.asarray(out)
+
+
+def check_finite(module: nn.Module) -> None:
+    """Raise :class:`~trilobe.errors.TrainingError` naming the first weight tensor with NaN or infinity.
+
+    >>> check_finite(nn.Linear(1, 1))
+    """
+    for name, value in module.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise TrainingError(
+                f"NaN or infinity in the weights {name!r}", expected="finite weights", hint="train again"
+            )
+
+
+def _checked(X: FloatArray, likelihood: FloatArray) -> tuple[Tensor, Tensor]:
+    if len(X) != len(likelihood) or not len(X):
+        raise UsageError(f"{len(X)} examples with {len(likelihood)} beliefs", expected="as many, at least one")
+    for name, array in (("X", X), ("likelihood", likelihood)):
+        if not np.isfinite(array).all():
+            raise TrainingError(f"NaN or infinity in {name}", expected="finite numbers")
+    if (likelihood < 0).any() or (likelihood.sum(axis=-1) <= 0).any():
+        raise TrainingError("a belief that is negative, or zero for every class", expected="a class left possible")
+    return torch.from_numpy(np.ascontiguousarray(X, np.float32)), torch.from_numpy(likelihood.astype(np.float32))
+
+
+def _logits(module: nn.Module, x: Tensor) -> Tensor:
+    try:
+        out: Any = module(x)
+    except RuntimeError as e:
+        raise TrainingError(
+            f"the network does not take an input of shape {tuple(x.shape[1:])}: {e}",
+            expected="a network made for this preprocessing",
+        ) from e
+    return out if isinstance(out, Tensor) else torch.as_tensor(out)
+
+
+class _Resumable:
+    """The state of a training run, as one safetensors file whose ``key`` says what run it belongs to."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        plan: Plan,
+        x: Tensor,
+        target: Tensor,
+        path: Path | None,
+    ) -> None:
+        self.module, self.optimizer, self.path = module, optimizer, path
+        self.generator = torch.Generator().manual_seed(plan.seed)
+        self.order = torch.arange(len(x))
+        self.saved_at = _now()
+        digest = hashlib.sha256(repr(asdict(plan)).encode())
+        for tensor in (x, target, *module.state_dict().values()) if path else ():
+            digest.update(tensor.numpy().tobytes())
+        self.key = digest.hexdigest()
+
+    def save(self, step: int, every: float = 3.0) -> None:
+        if self.path is None or _now() - self.saved_at < every:
+            return
+        tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
+        tensors |= {"order": self.order, "generator": self.generator.get_state(), "rng": torch.get_rng_state()}
+        write_atomically(self.path, to_safetensors(tensors, {"key": self.key, "step": str(step)}))
+        self.saved_at = _now()
+
+    def restore(self, schedule: torch.optim.lr_scheduler.LRScheduler) -> int:
+        """Load the file if it belongs to this very run; the step to go on from."""
+        if self.path is None or not self.path.exists():
+            return 0
+        tensors, meta = from_safetensors(self.path.read_bytes())
+        if meta.get("key") != self.key:
+            return 0
+        step = int(meta["step"])
+        self.module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module.")})
+        for _ in range(step):
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]  # the schedule is a function of the step
+            schedule.step()
+        state = self.optimizer.state_dict()
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, i, key = name.split(".")
+                moments.setdefault(int(i), {})[key] = value
+        self.optimizer.load_state_dict({**state, "state": moments})
+        self.order.copy_(tensors["order"])
+        self.generator.set_state(tensors["generator"])
+        torch.set_rng_state(tensors["rng"])
+        return step
+
+
+def _now() -> float:
+    import time
+
+    return time.monotonic()

@@ -1,0 +1,212 @@
+"""Settings: one ``trilobe.toml`` per project, checked key by key. What a setting does is explained where it is used.
+
+A flag of the command line or an argument of a verb overrides the file; the file overrides the defaults below.
+"""
+
+import difflib
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+from trilobe.errors import ConfigError, NotFoundError
+from trilobe.types import LabelSpace
+
+FILE = "trilobe.toml"
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+Positive = Annotated[float, Meta(gt=0.0)]
+Count = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of the file. A key it does not know is an error, not a silence."""
+
+
+class ProjectSection(Section, frozen=True):
+    """``[project]``"""
+
+    name: Name
+    task: Literal["image_classification"] = "image_classification"
+    seed: Natural = 0
+    store: str = ""  # a database URL; empty: SQLite inside .trilobe/
+
+
+class LabelsSection(Section, frozen=True):
+    """``[labels]``: the class names, in order, and optionally the tree they form (name -> parent)."""
+
+    names: tuple[str, ...] = ()
+    parents: dict[str, str] = field(default_factory=dict)
+
+
+class ImageSection(Section, frozen=True):
+    """``[image]``"""
+
+    size: Natural = 0  # height and width the network sees; 0: the pool's median, at most 64
+    max_pixels: Count = 50_000_000
+
+
+class QuerySection(Section, frozen=True):
+    """``[query]``"""
+
+    strategy: str = "margin"
+    first: Count = 20  # questions of the first round, chosen as typical of the pool
+    n: Count = 20  # questions of every later round
+    answers: Count = 1  # people asked the same question
+    diversity: Count = 10
+    annotators: tuple[str, ...] = ()  # who may be asked; empty: whoever comes
+
+
+class AggregateSection(Section, frozen=True):
+    """``[aggregate]``"""
+
+    method: Literal["dawid_skene", "one_coin", "majority_vote", "model"] = "dawid_skene"
+    smoothing: Positive = 1.0
+
+
+class TrainSection(Section, frozen=True):
+    """``[train]``"""
+
+    steps: Count = 300
+    epochs: Natural = 20
+    batch_size: Annotated[int, Meta(ge=2)] = 32
+    lr: Positive = 3e-3
+    weight_decay: Annotated[float, Meta(ge=0.0)] = 1e-2
+    bootstrap: Share = 1.0
+    width: Count = 16
+    folds: Annotated[int, Meta(ge=2)] = 3
+    augment: bool = True
+
+
+class CheckSection(Section, frozen=True):
+    """``[check]``"""
+
+    eps: tuple[Share, ...] = (0.02, 0.05, 0.1)
+    attack_steps: Count = 20
+    attack_examples: Count = 200
+    gates: dict[str, float] = field(default_factory=lambda: {"parity": 1e-4})
+
+
+class ServeSection(Section, frozen=True):
+    """``[serve]``"""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 0  # 0: any free one
+    capture: Share = 1.0  # share of the traffic that is kept
+    max_body: Count = 16 * 1024 * 1024
+
+
+class MonitorSection(Section, frozen=True):
+    """``[monitor]``"""
+
+    alpha: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.01  # false alarms per window of clean traffic
+    share: Share = 0.5
+    window: Count = 200
+
+
+class RunSection(Section, frozen=True):
+    """``[run]``: when the loop has done enough."""
+
+    goal: Share = 0.95  # accuracy
+    budget: Count = 1000  # answers
+    rounds: Count = 50
+
+
+class Config(Section, frozen=True):
+    """All of ``trilobe.toml``.
+
+    >>> parse('[project]\\nname = "signs"\\n[labels]\\nnames = ["stop", "go"]').query.strategy
+    'margin'
+    """
+
+    project: ProjectSection
+    labels: LabelsSection = LabelsSection()
+    image: ImageSection = ImageSection()
+    query: QuerySection = QuerySection()
+    aggregate: AggregateSection = AggregateSection()
+    train: TrainSection = TrainSection()
+    check: CheckSection = CheckSection()
+    serve: ServeSection = ServeSection()
+    monitor: MonitorSection = MonitorSection()
+    run: RunSection = RunSection()
+
+    @property
+    def space(self) -> LabelSpace:
+        """The label space. Raises :class:`~trilobe.errors.ConfigError` when it names fewer than two classes."""
+        if len(self.labels.names) < 2:
+            raise ConfigError(
+                f"labels.names has {len(self.labels.names)} class(es)",
+                expected="at least two",
+                hint=f'write them into {FILE}: names = ["cat", "dog"]',
+            )
+        return LabelSpace(self.labels.names, self.labels.parents)
+
+
+def parse(text: str, where: str = FILE) -> Config:
+    """Settings from TOML text. Raises :class:`~trilobe.errors.ConfigError` naming the key, what came and what may.
+
+    >>> parse('[project]\\nname = "signs"\\n[query]\\nn = "many"')
+    Traceback (most recent call last):
+        ...
+    trilobe.errors.ConfigError: trilobe.toml: query.n = "many"; expected `int`
+      next: edit trilobe.toml
+    """
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{where}: {e}", expected="valid TOML", hint=f"edit {where}") from e
+    try:
+        return msgspec.convert(raw, Config)
+    except msgspec.ValidationError as e:
+        raise _explained(str(e), raw, where) from e
+
+
+def load(folder: Path) -> Config:
+    """The settings of the project in ``folder``."""
+    path = folder / FILE
+    try:
+        return parse(path.read_text("utf-8"), str(path))
+    except FileNotFoundError:
+        raise NotFoundError(
+            f"no {FILE} in {folder.resolve()}", expected="a Trilobe project", hint="trilobe init --labels cat,dog"
+        ) from None
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path} is not UTF-8: {e.reason} at byte {e.start}", expected="a UTF-8 text file") from e
+
+
+def as_dict(value: Struct) -> dict[str, Any]:
+    """A section as plain values, for records and digests.
+
+    >>> as_dict(RunSection())["goal"]
+    0.95
+    """
+    plain: dict[str, Any] = json.loads(msgspec.json.encode(value))
+    return plain
+
+
+def _explained(message: str, raw: dict[str, Any], where: str) -> ConfigError:
+    """msgspec's message, with the key as people write it, the value that came, and the nearest known key."""
+    what, _, at = message.partition(" - at `$")
+    keys = re.findall(r"[\w-]+", at.rstrip("`"))
+    if unknown := re.match(r"Object contains unknown field `(.+)`", what):
+        section: Any = get_type_hints(Config).get(keys[0], Config) if keys else Config
+        known = list(section.__struct_fields__)
+        near = difflib.get_close_matches(unknown[1], known, 1)
+        key = ".".join([*keys, unknown[1]])
+        hint = f"did you mean {near[0]!r}?" if near else f"edit {where}"
+        return ConfigError(f"{where}: unknown key {key}", expected=f"one of {', '.join(known)}", hint=hint)
+    if missing := re.match(r"Object missing required field `(.+)`", what):
+        key = ".".join([*keys, missing[1]])
+        return ConfigError(f"{where}: {key} is missing", expected=f"a value for {key}", hint=f"edit {where}")
+    value: Any = raw
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else value
+    expected = re.sub(r"^Expected ", "", what).split(", got")[0]
+    return ConfigError(
+        f"{where}: {'.'.join(keys)} = {json.dumps(value, default=str)}", expected=expected, hint=f"edit {where}"
+    )

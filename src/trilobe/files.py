@@ -1,0 +1,32 @@
+"""Files that are whole or absent, for every room that writes one."""
+
+import errno
+import os
+from pathlib import Path
+
+from trilobe.errors import DiskFull, StorageError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``path`` so that a reader, or a crash, sees the old file or the new one, never a part.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "file"
+    >>> write_atomically(path, b"whole"); path.read_bytes()
+    b'whole'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        if e.errno in FULL:
+            raise DiskFull(f"no space left to write {path}", hint="free some space and run it again") from e
+        raise StorageError(f"{path} could not be written: {e.strerror}", expected="a folder one may write to") from e

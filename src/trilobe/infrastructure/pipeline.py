@@ -1,0 +1,201 @@
+"""Pipelines: a graph of steps over one request, now a chain, and what a model must declare to be served.
+
+A step is a name and a function from arrays by name to arrays by name. Each step sees the request and everything the
+steps before it added, so inputs are held once. Batching, queues and sockets live elsewhere (``serve.py``).
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trilobe.errors import DataError, ServeError, UsageError
+
+Arrays = Mapping[str, NDArray[Any]]
+Step = tuple[str, Callable[[Arrays], Arrays]]
+
+# The fixed-size datatypes of the Open Inference Protocol v2, little-endian as its binary extension sends them.
+DATATYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("?"),
+    **{f"UINT{8 * n}": np.dtype(f"<u{n}") for n in (1, 2, 4, 8)},
+    **{f"INT{8 * n}": np.dtype(f"<i{n}") for n in (1, 2, 4, 8)},
+    **{f"FP{8 * n}": np.dtype(f"<f{n}") for n in (2, 4, 8)},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What one tensor of a request or a reply looks like: Open Inference datatype and shape, -1 where free.
+
+    >>> TensorSpec("image", "UINT8", (-1, 28, 28, 1)).check(np.zeros((2, 28, 28, 3), np.uint8))
+    Traceback (most recent call last):
+    trilobe.errors.DataError: 'image' has the shape [2, 28, 28, 3]; expected [-1, 28, 28, 1] (-1: any size from 1)
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.datatype not in DATATYPES:
+            raise UsageError(f"{self.name!r} has the datatype {self.datatype!r}", expected=f"one of {list(DATATYPES)}")
+        if any(size < 1 and size != -1 for size in self.shape):
+            raise UsageError(f"{self.name!r} has the shape {list(self.shape)}", expected="sizes from 1, or -1 for free")
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The numpy dtype of the datatype."""
+        return DATATYPES[self.datatype]
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise :class:`~trilobe.errors.DataError` unless ``shape`` fits; an empty dimension never does."""
+        fits = len(shape) == len(self.shape) and all(
+            size == want if want != -1 else size >= 1 for size, want in zip(shape, self.shape, strict=True)
+        )
+        if not fits:
+            raise DataError(
+                f"{self.name!r} has the shape {list(shape)}", expected=f"{list(self.shape)} (-1: any size from 1)"
+            )
+
+    def check(self, array: NDArray[Any]) -> None:
+        """Raise :class:`~trilobe.errors.DataError` unless ``array`` has this dtype and shape and only finite values."""
+        if array.dtype != self.dtype:
+            raise DataError(f"{self.name!r} has the dtype {array.dtype}", expected=f"{self.dtype} ({self.datatype})")
+        self.check_shape(array.shape)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise DataError(f"{self.name!r} holds values that are not finite", expected="no NaN and no infinity")
+
+
+class Pipeline:
+    """Steps run in order over one request; every step's calls and nanoseconds are counted (safe across threads).
+
+    >>> double = ("double", lambda data: {"y": 2 * data["x"]})
+    >>> total = ("total", lambda data: {"sum": data["x"].sum() + data["y"].sum()})
+    >>> pipeline = Pipeline([double, total])
+    >>> int(pipeline.run({"x": np.arange(3)})["sum"])
+    9
+    >>> [(name, count) for name, (count, nanoseconds) in pipeline.times().items()]
+    [('double', 1), ('total', 1)]
+    """
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        names = [name for name, _ in steps]
+        if not names or len(set(names)) != len(names):
+            raise UsageError(f"a pipeline of the steps {names}", expected="at least one step, each name once")
+        self.steps = tuple(steps)
+        self._times = dict.fromkeys(names, (0, 0))
+        self._lock = threading.Lock()
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """All arrays after the last step: ``inputs`` and whatever the steps added or replaced.
+
+        A step that refuses its data with :class:`~trilobe.errors.DataError` blames the request; any other error of
+        a step is :class:`~trilobe.errors.ServeError`. Both name the step.
+        """
+        data = dict(inputs)
+        for name, step in self.steps:
+            start = time.perf_counter_ns()
+            try:
+                data.update(step(data))
+            except DataError as error:
+                problem = f"step {name!r}: {error.problem}"
+                raise DataError(problem, expected=error.expected, hint=error.hint) from error
+            except Exception as error:
+                raise ServeError(f"step {name!r} failed: {type(error).__name__}: {error}") from error
+            spent = time.perf_counter_ns() - start
+            with self._lock:
+                count, total = self._times[name]
+                self._times[name] = (count + 1, total + spent)
+        return data
+
+    def times(self) -> dict[str, tuple[int, int]]:
+        """For each step, how often it finished and how many nanoseconds that took in all."""
+        with self._lock:
+            return dict(self._times)
+
+
+@dataclass(frozen=True, slots=True)
+class Servable:
+    """What a bundle becomes when loaded: a pipeline, what it takes, what it gives, and an example to warm it up.
+
+    >>> spec = TensorSpec("x", "FP32", (-1,)), TensorSpec("y", "FP32", (-1,))
+    >>> x = np.ones(2, np.float32)
+    >>> servable = Servable(Pipeline([("add", lambda data: {"y": data["x"] + 1})]), spec[:1], spec[1:], {"x": x})
+    >>> servable.run({"x": x})
+    {'y': array([2., 2.], dtype=float32)}
+    """
+
+    pipeline: Pipeline
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    warmup: Arrays
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """The declared outputs for ``inputs`` (already checked); an output not as declared is a ``ServeError``."""
+        data = self.pipeline.run(inputs)
+        for spec in self.outputs:
+            if spec.name not in data:
+                raise ServeError(f"the pipeline gave no {spec.name!r}", expected=f"one of: {', '.join(sorted(data))}")
+            try:
+                spec.check(data[spec.name])
+            except DataError as error:
+                raise ServeError(f"the pipeline's output {error.problem}", expected=error.expected) from error
+        return {spec.name: data[spec.name] for spec in self.outputs}
+
+    def warm_up(self) -> None:
+        """Run the example once: the first real request must not pay for lazy set-up, nor be the first to fail."""
+        for spec in self.inputs:
+            if spec.name not in self.warmup:
+                raise ServeError(f"the warm-up example has no {spec.name!r}", expected="every declared input")
+            spec.check(self.warmup[spec.name])
+        self.run(self.warmup)
+
+
+def onnx_step(
+    model: bytes | Path,
+    name: str = "model",
+    inputs: Mapping[str, str] | None = None,
+    outputs: Mapping[str, str] | None = None,
+) -> Step:
+    """A step that runs an ONNX graph on the CPU in one thread that sleeps, rather than spins, when idle.
+
+    ``inputs`` and ``outputs`` map names of the graph to names of the request (default: the same names). Raises
+    :class:`~trilobe.errors.ServeError` for a graph that cannot be loaded, :class:`~trilobe.errors.UsageError` for a
+    name the graph does not have or an input left without a source.
+
+    >>> onnx_step(b"not a graph")
+    Traceback (most recent call last):
+    trilobe.errors.ServeError: the graph of step 'model' cannot be loaded ...
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ServeError(
+            f"the graph of step {name!r} cannot be loaded ({error})", expected="an ONNX graph this runtime supports"
+        ) from error
+    takes, gives = [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
+    sources = dict(inputs) if inputs is not None else {n: n for n in takes}
+    targets = dict(outputs) if outputs is not None else {n: n for n in gives}
+    if set(sources) != set(takes) or not set(targets) <= set(gives) or not targets:
+        raise UsageError(
+            f"step {name!r} maps inputs {sorted(sources)} and outputs {sorted(targets)}",
+            expected=f"the graph's inputs {takes} and some of its outputs {gives}",
+        )
+
+    def run(data: Arrays) -> Arrays:
+        values = session.run(list(targets), {graph: data[key] for graph, key in sources.items()})
+        return dict(zip(targets.values(), values, strict=True))
+
+    return name, run

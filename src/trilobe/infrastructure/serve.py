@@ -1,0 +1,567 @@
+"""Serving: the Open Inference Protocol v2 over HTTP, with its binary tensor extension, for one named model.
+
+From bytes to arrays and back (:func:`parse_request`, :func:`encode_response`: pure), the :class:`Server` that holds
+what is served and swaps it under load, and :func:`serve_forever`, the process around it. What a bundle means is given
+from above as ``load``. There is no framework in the path of a request: it would cost more than the model. Inference
+runs in one worker thread, so that health checks are answered meanwhile.
+
+Left out on purpose: BYTES tensors, the ``classification`` parameter (refused, not ignored) and compressed replies.
+"""
+
+import asyncio
+import errno
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from trilobe import __version__
+from trilobe.errors import DataError, PortInUse, ServeError, TrilobeError
+from trilobe.infrastructure.bundle import open_bundle
+from trilobe.infrastructure.capture import CaptureLog
+from trilobe.infrastructure.endpoint import Desired, State, hold_lock, read_desired, read_state, write_state
+from trilobe.infrastructure.pipeline import Arrays, Servable, TensorSpec
+from trilobe.types import Bundle
+
+MAX_BODY = 16 * 1024 * 1024
+POLL_SECONDS = 0.2
+HEADER_LENGTH = "inference-header-content-length"
+logger = logging.getLogger(__name__)
+
+Load = Callable[[Bundle], Servable]
+Reply = tuple[int, dict[str, str], bytes]
+Scope = Mapping[str, Any]
+Receive = Callable[[], Awaitable[Mapping[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class Refused(DataError):
+    """A request this server will not answer, with the HTTP status that says why."""
+
+    def __init__(self, status: int, problem: str, *, expected: str = "", hint: str = "") -> None:
+        super().__init__(problem, expected=expected, hint=hint)
+        self.status = status
+
+
+# --- from bytes to arrays -------------------------------------------------------------------------------------------
+
+
+class _Tensor(msgspec.Struct, frozen=True):
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: dict[str, Any] = {}
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Output(msgspec.Struct, frozen=True):
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class _Request(msgspec.Struct, frozen=True):
+    inputs: list[_Tensor]
+    id: str | None = None
+    parameters: dict[str, Any] = {}
+    outputs: list[_Output] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A parsed request: its id, its input arrays, and the outputs it wants with whether each comes binary."""
+
+    id: str | None
+    inputs: Mapping[str, NDArray[Any]]
+    outputs: tuple[tuple[str, bool], ...]
+
+
+def parse_request(
+    body: bytes, headers: Mapping[str, str], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> Call:
+    """The call that ``body`` and its (lower-case) ``headers`` ask for, checked against what the model declares.
+
+    Tensors come as JSON (flat or nested, row-major) or, with ``Inference-Header-Content-Length``, as little-endian
+    bytes after the JSON; length 0 means that all of ``body`` is the one tensor of a batch of one. Raises
+    :class:`~trilobe.errors.DataError` for whatever does not fit.
+
+    >>> spec = TensorSpec("x", "FP32", (-1, 2))
+    >>> body = b'{"id": "7", "inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2.5]}]}'
+    >>> parse_request(body, {}, [spec], [TensorSpec("y", "FP32", (-1,))])
+    Call(id='7', inputs={'x': array([[1. , 2.5]], dtype=float32)}, outputs=(('y', False),))
+    """
+    length = _header_length(headers, len(body))
+    if length == 0:
+        return Call(None, {inputs[0].name: _raw_tensor(body, inputs)}, tuple((spec.name, True) for spec in outputs))
+    try:
+        request = _REQUEST.decode(memoryview(body)[:length])
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise DataError(f"the request is not usable JSON ({error})", expected="an inference request") from error
+    known = {spec.name: spec for spec in inputs}
+    arrays: dict[str, NDArray[Any]] = {}
+    at = len(body) if length is None else length
+    for tensor in request.inputs:
+        spec = known.get(tensor.name)
+        if spec is None or tensor.name in arrays:
+            problem = f"unknown input {tensor.name!r}" if spec is None else f"input {tensor.name!r} comes twice"
+            raise DataError(problem, expected=f"each of {list(known)} once")
+        if tensor.datatype != spec.datatype:
+            raise DataError(f"{tensor.name!r} has the datatype {tensor.datatype!r}", expected=spec.datatype)
+        spec.check_shape(tensor.shape)
+        size = tensor.parameters.get("binary_data_size")
+        if size is None:
+            arrays[tensor.name] = _json_array(tensor, spec)
+        else:
+            arrays[tensor.name] = _binary_array(tensor, spec, memoryview(body)[at:], size)
+            at += size
+        spec.check(arrays[tensor.name])
+    if missing := [name for name in known if name not in arrays]:
+        raise DataError(f"input {missing[0]!r} is missing", expected=f"each of {list(known)} once")
+    if at != len(body):
+        raise DataError(f"{len(body) - at} bytes follow the last binary tensor", expected="none")
+    return Call(request.id, arrays, _wanted(request, [spec.name for spec in outputs]))
+
+
+_REQUEST = msgspec.json.Decoder(_Request)
+_NESTED = re.compile(rb"\s*\[\s*\[")
+_ELEMENTS: dict[str, type] = {"b": bool, "u": int, "i": int, "f": float}
+
+
+@lru_cache(maxsize=64)
+def _decoder(kind: str, depth: int) -> msgspec.json.Decoder[Any]:
+    """A strict decoder of ``depth`` nested lists: no booleans as numbers, no fractions as integers."""
+    nested: Any = _ELEMENTS[kind]
+    for _ in range(depth):
+        nested = list[nested]
+    return msgspec.json.Decoder(nested)
+
+
+def _header_length(headers: Mapping[str, str], n_bytes: int) -> int | None:
+    text = headers.get(HEADER_LENGTH)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= n_bytes):
+        raise DataError(f"Inference-Header-Content-Length is {text!r}", expected=f"0 to {n_bytes}, the body's length")
+    return int(text)
+
+
+def _json_array(tensor: _Tensor, spec: TensorSpec) -> NDArray[Any]:
+    if isinstance(tensor.data, msgspec.UnsetType):
+        raise DataError(f"{tensor.name!r} has no data", expected="data, or parameters.binary_data_size")
+    raw = memoryview(tensor.data)
+    nested = len(spec.shape) > 1 and _NESTED.match(raw) is not None
+    try:
+        values = _decoder(spec.dtype.kind, len(spec.shape) if nested else 1).decode(raw)
+        with np.errstate(over="ignore"):  # what overflows becomes infinite, and infinite is refused
+            array = np.array(values, dtype=spec.dtype)
+    except (msgspec.MsgspecError, RecursionError, OverflowError, ValueError) as error:
+        raise DataError(
+            f"the data of {tensor.name!r} is not usable ({error})",
+            expected=f"{spec.datatype}, flat or nested as its shape",
+        ) from error
+    if array.size != math.prod(tensor.shape) or (nested and list(array.shape) != tensor.shape):
+        raise DataError(
+            f"{tensor.name!r} holds {array.size} values", expected=f"{math.prod(tensor.shape)} for {tensor.shape}"
+        )
+    shaped: NDArray[Any] = array.reshape(tensor.shape)
+    return shaped
+
+
+def _binary_array(tensor: _Tensor, spec: TensorSpec, rest: memoryview, size: Any) -> NDArray[Any]:
+    if not isinstance(tensor.data, msgspec.UnsetType):
+        raise DataError(f"{tensor.name!r} has data and a binary_data_size", expected="one of them")
+    expected = math.prod(tensor.shape) * spec.dtype.itemsize
+    if isinstance(size, bool) or size != expected or size > len(rest):
+        raise DataError(
+            f"{tensor.name!r} has the binary_data_size {size!r} with {len(rest)} bytes left in the body",
+            expected=f"{expected} bytes for {tensor.shape} {spec.datatype}",
+        )
+    return _from_bytes(rest[:expected], spec, tensor.shape)
+
+
+def _from_bytes(data: memoryview, spec: TensorSpec, shape: Sequence[int]) -> NDArray[Any]:
+    if spec.dtype.kind == "b":  # any nonzero byte is true, but numpy trusts a boolean to be 0 or 1
+        return np.frombuffer(data, np.uint8).astype(np.bool_).reshape(shape)
+    # The JSON before it may have any length, so wide numbers may start anywhere: copied then, a view otherwise.
+    return np.require(np.frombuffer(data, spec.dtype).reshape(shape), requirements="A")
+
+
+def _raw_tensor(body: bytes, inputs: Sequence[TensorSpec]) -> NDArray[Any]:
+    """The single tensor that all of ``body`` is: a batch of one, with at most one more free size to work out."""
+    spec = inputs[0]
+    shape = [1, *spec.shape[1:]]
+    if len(inputs) != 1 or shape.count(-1) > 1:
+        raise DataError(
+            "a raw body without a description", expected="a model with one input and at most one free size per item"
+        )
+    if -1 in shape:
+        known = -math.prod(shape) * spec.dtype.itemsize
+        shape[shape.index(-1)] = max(1, len(body) // known)
+    if len(body) != math.prod(shape) * spec.dtype.itemsize:
+        raise DataError(f"a raw body of {len(body)} bytes", expected=f"one {spec.datatype} item of {list(spec.shape)}")
+    array = _from_bytes(memoryview(body), spec, shape)
+    spec.check(array)
+    return array
+
+
+def _wanted(request: _Request, names: Sequence[str]) -> tuple[tuple[str, bool], ...]:
+    default = request.parameters.get("binary_data_output", False)
+    asked = [_Output(name) for name in names] if not request.outputs else request.outputs
+    if len({output.name for output in asked}) != len(asked):
+        raise DataError("an output is asked for twice", expected=f"each of {list(names)} at most once")
+    for output in asked:
+        if output.name not in names:
+            raise DataError(f"unknown output {output.name!r}", expected=f"one of {list(names)}")
+        if "classification" in output.parameters:
+            raise DataError("the 'classification' parameter is not supported", expected="all values, sorted by you")
+        if not isinstance(output.parameters.get("binary_data", default), bool):
+            raise DataError("binary_data is not a boolean", expected="true or false")
+    return tuple((output.name, output.parameters.get("binary_data", default)) for output in asked)
+
+
+def decompress(body: bytes, encoding: str, limit: int) -> bytes:
+    """``body`` without its ``Content-Encoding`` (gzip, or deflate, which is zlib); never more than ``limit`` bytes.
+
+    >>> decompress(zlib.compress(b"abc"), "deflate", 10)
+    b'abc'
+    """
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in ("gzip", "deflate"):
+        raise Refused(415, f"the content encoding {encoding!r}", expected="gzip, deflate or none")
+    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | (16 if encoding == "gzip" else 0))
+    try:
+        data = unpacker.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise DataError(f"the body is not {encoding} ({error})", expected="a whole compressed body") from error
+    if len(data) > limit:
+        raise _too_large(limit)
+    if not unpacker.eof or unpacker.unused_data:
+        raise DataError(f"the {encoding} body does not end where it should", expected="a whole compressed body")
+    return data
+
+
+def encode_response(
+    call: Call, results: Arrays, outputs: Sequence[TensorSpec], name: str, version: str
+) -> tuple[dict[str, str], bytes]:
+    """Headers and body of the answer to ``call``: its id, the model's name and version, the outputs it wanted.
+
+    >>> call, spec = Call("7", {}, (("y", False),)), TensorSpec("y", "FP32", (-1,))
+    >>> encode_response(call, {"y": np.array([0.5], np.float32)}, [spec], "m", "v1")[1].decode()
+    '{"model_name":"m","model_version":"v1","id":"7","outputs":[{"name":"y","shape":[1],"datatype":"FP32","data":[0.5]}]}'
+    """
+    specs = {spec.name: spec for spec in outputs}
+    described: list[dict[str, Any]] = []
+    blobs: list[bytes] = []
+    for key, binary in call.outputs:
+        array = results[key]
+        tensor: dict[str, Any] = {"name": key, "shape": array.shape, "datatype": specs[key].datatype}
+        if binary:
+            blobs.append(array.astype(specs[key].dtype, copy=False).tobytes())
+            described.append({**tensor, "parameters": {"binary_data_size": len(blobs[-1])}})
+        else:
+            described.append({**tensor, "data": array.ravel().tolist()})
+    answer = {"model_name": name, "model_version": version, "outputs": described}
+    if call.id is not None:
+        answer = {"model_name": name, "model_version": version, "id": call.id, "outputs": described}
+    head = msgspec.json.encode(answer)
+    if not blobs:
+        return {"content-type": "application/json"}, head
+    headers = {"content-type": "application/octet-stream", HEADER_LENGTH: str(len(head))}
+    return headers, b"".join([head, *blobs])
+
+
+# --- the server -----------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """What is served now, as an ASGI application: ``uvicorn.run(Server(...))`` would do.
+
+    One model ``name``; its version is the id of the bundle behind it. :meth:`load` swaps the bundle by switching one
+    reference, so a request sees one bundle from beginning to end. Before the first load, every model path says 503.
+    """
+
+    def __init__(self, name: str, load: Load, captures: CaptureLog | None = None, max_body: int = MAX_BODY) -> None:
+        self.name, self.captures, self.max_body = name, captures, max_body
+        self.current: tuple[Bundle, Servable] | None = None
+        self._load = load
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="inference")
+
+    def load(self, path: Path) -> Bundle:
+        """Verify, build and warm up the bundle at ``path``, then serve it. Raises, and changes nothing, on failure."""
+        bundle = open_bundle(path)
+        servable = self._load(bundle)
+        servable.warm_up()
+        self.current = bundle, servable
+        return bundle
+
+    def close(self) -> None:
+        """Finish what is under way and make the captures durable."""
+        self._worker.shutdown(wait=True)
+        if self.captures is not None:
+            self.captures.close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, as ASGI has it. Whatever happens, the answer is JSON (or tensors) with a fitting status."""
+        try:
+            reply = await self._respond(scope, receive)
+        except DataError as error:
+            reply = _failure(error.status if isinstance(error, Refused) else 400, str(error))
+            if reply[0] == 405:
+                reply[1]["allow"] = error.expected
+        except Exception as error:
+            logger.exception("a request failed")
+            reply = _failure(500, str(error) if isinstance(error, TrilobeError) else "internal error, see the log")
+        status, headers, body = reply
+        headers["content-length"] = str(len(body))
+        pairs = [(key.encode(), value.encode()) for key, value in headers.items()]
+        await send({"type": "http.response.start", "status": status, "headers": pairs})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _respond(self, scope: Scope, receive: Receive) -> Reply:
+        path, method = scope["path"], scope["method"]
+        parts = path.split("/")[1:]
+        if parts[:2] == ["v2", "models"] and len(parts) > 2:
+            return await self._respond_model(parts[2], parts[3:], method, scope, receive)
+        match parts:
+            case ["v2"]:
+                answer: Any = {"name": "trilobe", "version": __version__, "extensions": ["binary_tensor_data"]}
+            case ["v2", "health", "live"]:
+                answer = {"live": True}
+            case ["v2", "health", "ready"]:
+                answer = {"ready": True}
+            case _:
+                raise Refused(404, f"there is nothing at {path!r}", expected="a path of the Open Inference Protocol v2")
+        _allow(method, "GET")
+        if parts[-1] == "ready":
+            self._serving()
+        return _json(200, answer)
+
+    async def _respond_model(self, name: str, rest: list[str], method: str, scope: Scope, receive: Receive) -> Reply:
+        if name != self.name:
+            raise Refused(404, f"unknown model {name!r}", expected=repr(self.name))
+        version, rest = (rest[1], rest[2:]) if rest[:1] == ["versions"] and len(rest) > 1 else ("", rest)
+        if rest not in ([], ["ready"], ["stats"], ["infer"]):
+            raise Refused(404, f"there is nothing at {scope['path']!r}", expected="ready, stats or infer of a model")
+        _allow(method, "POST" if rest == ["infer"] else "GET")
+        bundle, servable = self._serving()
+        if version not in ("", bundle.id):
+            raise Refused(404, f"{name!r} has no version {version!r}", expected=f"{bundle.id!r}, the one served now")
+        match rest:
+            case ["infer"]:
+                return await self._infer(bundle, servable, scope, receive)
+            case ["ready"]:
+                return _json(200, {"name": name, "ready": True})
+            case ["stats"]:
+                times = {step: {"count": n, "ns": ns} for step, (n, ns) in servable.pipeline.times().items()}
+                dropped = self.captures.dropped if self.captures else 0
+                return _json(200, {"name": name, "version": bundle.id, "steps": times, "captures_dropped": dropped})
+            case _:
+                tensors = {"inputs": _described(servable.inputs), "outputs": _described(servable.outputs)}
+                return _json(200, {"name": name, "versions": [bundle.id], "platform": "trilobe_pipeline", **tensors})
+
+    async def _infer(self, bundle: Bundle, servable: Servable, scope: Scope, receive: Receive) -> Reply:
+        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+        body = await _read_body(headers, receive, self.max_body)
+
+        def work() -> tuple[Call, Arrays, Reply]:
+            data = decompress(body, headers.get("content-encoding", "").strip().lower(), self.max_body)
+            call = parse_request(data, headers, servable.inputs, servable.outputs)
+            results = servable.run(call.inputs)
+            return call, results, (200, *encode_response(call, results, servable.outputs, self.name, bundle.id))
+
+        loop = asyncio.get_running_loop()
+        call, results, reply = await loop.run_in_executor(self._worker, work)
+        if self.captures is not None and self.captures.rate > 0:
+            # Queued behind the answer, not before it, in the one thread that uses the log.
+            self._worker.submit(self._capture, bundle.id, servable, call.inputs, results)
+        return reply
+
+    def _capture(self, bundle_id: str, servable: Servable, inputs: Arrays, results: Arrays) -> None:
+        """Keep rows of the first input and of the first output."""
+        try:
+            if self.captures is not None:
+                self.captures.append(bundle_id, inputs[servable.inputs[0].name], results[servable.outputs[0].name])
+        except TrilobeError as error:
+            logger.warning("a request was not captured: %s", error)
+
+    def _serving(self) -> tuple[Bundle, Servable]:
+        if self.current is None:
+            raise Refused(503, f"model {self.name!r} is not ready", hint="wait, or see the endpoint's status")
+        return self.current
+
+
+async def _read_body(headers: Mapping[str, str], receive: Receive, limit: int) -> bytes:
+    length = headers.get("content-length", "")
+    if not length and "transfer-encoding" not in headers:
+        raise Refused(411, "a request without Content-Length", expected="its length, or chunks")
+    if length.isdigit() and int(length) > limit:
+        raise _too_large(limit)
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Refused(400, "the client left before its request was whole")
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise _too_large(limit)
+        more = message.get("more_body", False)
+    return bytes(body)
+
+
+def _too_large(limit: int) -> Refused:
+    return Refused(413, "the body is too large", expected=f"at most {limit} bytes", hint="send smaller batches")
+
+
+def _allow(method: str, allowed: str) -> None:
+    if method != allowed:
+        raise Refused(405, f"method {method}", expected=allowed)
+
+
+def _described(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
+    return [{"name": spec.name, "datatype": spec.datatype, "shape": spec.shape} for spec in specs]
+
+
+def _json(status: int, answer: Any) -> Reply:
+    return status, {"content-type": "application/json"}, msgspec.json.encode(answer)
+
+
+def _failure(status: int, text: str) -> Reply:
+    return _json(status, {"error": text})
+
+
+# --- the process ----------------------------------------------------------------------------------------------------
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 picks a free one. Raises :class:`~trilobe.errors.PortInUse` where it is taken.
+
+    >>> with bind("127.0.0.1", 0) as taken:
+    ...     bind("127.0.0.1", taken.getsockname()[1])
+    Traceback (most recent call last):
+    trilobe.errors.PortInUse: port ... of 127.0.0.1 is in use; expected a free port
+      next: choose another port, or 0 for any free one; `ss -ltnp` shows who listens
+    """
+    # The protocol is spelled out because asyncio turns Nagle's algorithm off only where it is: left on, it and the
+    # client's delayed acknowledgments cost 40 ms a request.
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise PortInUse(
+                f"port {port} of {host} is in use",
+                expected="a free port",
+                hint="choose another port, or 0 for any free one; `ss -ltnp` shows who listens",
+            ) from error
+        raise ServeError(f"cannot listen on {host}:{port} ({error})", expected="an address of this machine") from error
+    return listener
+
+
+def serve_forever(
+    folder: Path,
+    name: str,
+    load: Load,
+    captures: Path,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    capture_rate: float = 0.0,
+    max_body: int = MAX_BODY,
+) -> None:
+    """Serve what ``folder/desired.json`` names, and whatever it names later, until SIGTERM or SIGINT.
+
+    Says in ``folder/state.json`` what it is doing. A bundle that cannot be loaded is reported there and the one
+    before serves on. On the way out, requests under way finish and captures (a share ``capture_rate`` of all items,
+    under ``captures``) are flushed. Must run in the main thread. Raises where it cannot begin: the folder is served
+    already, nothing is deployed, the port is taken (:class:`~trilobe.errors.PortInUse`).
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     serve_forever(Path(folder), "digits", load=lambda bundle: None, captures=Path(folder))
+    Traceback (most recent call last):
+    trilobe.errors.NotFoundError: nothing is deployed in ...
+    """
+    lock = hold_lock(folder)
+    try:
+        state = State(name, "creating", pid=os.getpid(), since=time.time())
+        write_state(folder, state)
+        read_desired(folder)
+        server = Server(name, load, CaptureLog(captures, name, capture_rate), max_body)
+        with bind(host, port) as listener:
+            url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+            asyncio.run(_serve(server, listener, folder, replace(state, url=url)))
+        write_state(folder, replace(read_state(folder), state="stopped", pid=0, since=time.time()))
+    except TrilobeError as error:
+        write_state(folder, replace(state, state="failed", error=str(error), since=time.time()))
+        raise
+    finally:
+        os.close(lock)
+
+
+async def _serve(server: Server, listener: socket.socket, folder: Path, state: State) -> None:
+    import uvicorn
+
+    config = uvicorn.Config(
+        server,
+        http="httptools",
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=30,
+    )
+    front = uvicorn.Server(config)
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        # Uvicorn takes these over, and raises them again once it has stopped: by default that would kill us then.
+        signal.signal(sign, lambda *_: setattr(front, "should_exit", True))
+    write_state(folder, state)
+    watcher = asyncio.create_task(_follow(server, folder, state))
+    try:
+        await front.serve([listener])
+    finally:
+        watcher.cancel()
+        server.close()
+
+
+async def _follow(server: Server, folder: Path, state: State) -> None:
+    """Load what is wished for whenever the wish changes, and say how it went."""
+    while True:
+        try:
+            desired = read_desired(folder)
+            if desired.deployment != state.deployment:
+                state = await asyncio.to_thread(_swap, server, desired, state)
+                write_state(folder, state)
+        except TrilobeError as error:  # the wish was removed or damaged, or the disk is full: keep what serves
+            logger.warning("%s", error)
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def _swap(server: Server, desired: Desired, state: State) -> State:
+    """The state after trying to serve what is ``desired``; on failure that of before, with the reason."""
+    state = replace(state, deployment=desired.deployment, since=time.time())
+    try:
+        bundle = server.load(Path(desired.bundle))
+    except Exception as error:
+        logger.exception("bundle %s cannot be served", desired.bundle)
+        reason = str(error) if isinstance(error, TrilobeError) else f"{type(error).__name__}: {error}"
+        return replace(state, state="ready" if server.current else "failed", error=reason)
+    return replace(state, state="ready", bundle_id=bundle.id, error="")

@@ -1,0 +1,30 @@
+"""The verbs of the loop, one function each; the command line has the same names and arguments.
+
+========================  ===========================================================================
+room                      verbs
+========================  ===========================================================================
+:mod:`.collecting`        ``init`` ``add``
+:mod:`.asking`            ``query`` ``label`` ``aggregate``
+:mod:`.learning`          ``train`` ``evaluate``
+:mod:`.promoting`         ``check`` ``package`` ``serve``
+:mod:`.watching`          ``monitor`` ``explain``
+:mod:`.cycle`             ``run``: all of the above until a goal or a budget
+:mod:`.telling`           ``report`` ``show`` ``export``
+========================  ===========================================================================
+
+Every verb takes the project's folder, opens it, does one thing, keeps the result in the store and returns it. Called
+again it finds what is already there, so a loop that was killed goes on where it stopped.
+"""
+
+from trilobe.loop.asking import Aggregated, Labeled, aggregate, label, query
+from trilobe.loop.collecting import Added, add, init
+from trilobe.loop.cycle import Ran, run
+from trilobe.loop.learning import evaluate, train
+from trilobe.loop.project import Project, listening, opened
+from trilobe.loop.promoting import check, package, serve
+from trilobe.loop.watching import Explained, explain, monitor
+
+__all__ = [
+    "Added", "Aggregated", "Explained", "Labeled", "Project", "Ran", "add", "aggregate", "check", "evaluate", "explain",
+    "init", "label", "listening", "monitor", "opened", "package", "query", "run", "serve", "train",
+]  # fmt: skip

@@ -1,0 +1,193 @@
+"""A project: a folder with ``trilobe.toml`` and ``.trilobe/``, opened. What several verbs need stands here once."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trilobe import __version__, config, tasks
+from trilobe.errors import NotEnoughData, NotFoundError
+from trilobe.infrastructure.store import Store
+from trilobe.types import GOLD, Capture, Example, FloatArray, LabelSpace, Model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+STATE = ".trilobe"
+Where = "Project | Path | str"
+
+
+class Listener(Protocol):
+    """Who is told how long work is getting on."""
+
+    def __call__(self, message: str, done: int = 0, total: int = 0) -> None:
+        """``message`` with ``total`` 0 is a remark; otherwise a bar that stands at ``done`` of ``total``."""
+        ...
+
+
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Verbs called inside tell ``listener`` what they are doing (a terminal, a notebook widget, a log)."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def tell(message: str, done: int = 0, total: int = 0) -> None:
+    """Say something to whoever is listening; silence otherwise."""
+    if listener := _listener.get():
+        listener(message, done, total)
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 of plain values, for ids that depend on nothing but what they name.
+
+    >>> digest("a", 1) == digest("a", 1) != digest("a", 2)
+    True
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def seed_of(*parts: Any) -> int:
+    """A random seed that follows from plain values: the same step of the same project always draws the same numbers.
+
+    >>> seed_of(0, "round", 1) == seed_of(0, "round", 1)
+    True
+    """
+    return int(digest(*parts)[:8], 16)
+
+
+@dataclass
+class Project:
+    """An open project. Use :func:`opened`; close it when done."""
+
+    folder: Path
+    config: config.Config
+    store: Store
+    _arrays: dict[str, dict[str, FloatArray]] = field(default_factory=dict, repr=False)
+
+    @property
+    def state(self) -> Path:
+        """The folder ``.trilobe``."""
+        return self.folder / STATE
+
+    @property
+    def seed(self) -> int:
+        """The project's seed."""
+        return self.config.project.seed
+
+    @property
+    def space(self) -> LabelSpace:
+        """The label space."""
+        return self.config.space
+
+    @property
+    def task(self) -> tasks.Task:
+        """The project's task."""
+        return tasks.get(self.config.project.task)
+
+    @property
+    def captures(self) -> Path:
+        """Where endpoints keep what they saw."""
+        return self.state / "captures"
+
+    def endpoint_folder(self, name: str | None) -> Path:
+        """Where the endpoint of that name (the project's own by default) keeps its state."""
+        return self.state / "endpoints" / (name or self.config.project.name)
+
+    def items(self, examples: Sequence[Example]) -> list[tasks.Item]:
+        """The examples, decoded."""
+        return [self.task.decode(self.store.blobs.get(e.id), self.config) for e in examples]
+
+    def preprocessing(self) -> dict[str, Any]:
+        """How this project's items become input; chosen from the pool when first needed, then kept."""
+        if (kept := self.store.recorded("preprocessing")) is None:
+            pool = self.store.examples("pool")
+            if not pool:
+                raise NotEnoughData("the pool is empty", expected="examples to learn from", hint="trilobe add FOLDER")
+            kept = self.task.preprocessing(self.items(pool[:1000]), self.config)
+            self.store.record("preprocessing", kept)
+        return dict(kept)
+
+    def encode(self, examples: Sequence[Example]) -> FloatArray:
+        """The examples as network input, decoded once per open project."""
+        spec = self.preprocessing()
+        known = self._arrays.setdefault(digest(spec), {})
+        missing = [e for e in examples if e.id not in known]
+        for start in range(0, len(missing), 256):
+            part = missing[start : start + 256]
+            known.update(zip([e.id for e in part], self.task.encode(self.items(part), spec), strict=True))
+            if len(missing) > 2000:
+                tell("reading examples", start + len(part), len(missing))
+        if not examples:
+            return np.empty((0,), dtype=np.float32)
+        return np.stack([known[e.id] for e in examples])
+
+    def capture_input(self, captures: Sequence[Capture]) -> FloatArray:
+        """What the endpoint saw, as network input."""
+        return self.task.encode([c.input for c in captures], self.preprocessing())
+
+    def module(self, model: Model) -> "nn.Module":
+        """The network of a model with its weights, ready to predict."""
+        from trilobe.algorithms.weights import load_into
+
+        module = self.task.network(model.preprocessing, model.space, int(model.network["width"]), seed=0)
+        return load_into(module, self.store.blobs.get(model.weights))
+
+    def predict(self, model: Model, X: FloatArray, module: "nn.Module | None" = None) -> FloatArray:
+        """Calibrated probabilities ``(n, n_classes)``."""
+        from trilobe.algorithms.fit import predict_logits
+        from trilobe.statistics import softmax
+
+        return softmax(predict_logits(module or self.module(model), X), model.temperature)
+
+    def newest_model(self) -> Model | None:
+        """The model trained last, if any."""
+        models = self.store.models()
+        return models[-1] if models else None
+
+    def truth(self, split: str = "test") -> tuple[list[Example], NDArray[np.intp]]:
+        """The examples of a split whose class is known for certain (gold answers), and their class indices."""
+        gold = {
+            a.example_id: self.space.index(a.response.labels[0])
+            for a in self.store.answers()
+            if a.annotator == GOLD and a.response.kind == "class"
+        }
+        known = [e for e in self.store.examples("test" if split == "test" else "pool") if e.id in gold]
+        return known, np.array([gold[e.id] for e in known], dtype=np.intp)
+
+    def origin(self, **more: Any) -> dict[str, Any]:
+        """What a record says about where it came from."""
+        return {"code": f"trilobe {__version__}", "seed": self.seed, **more}
+
+
+@contextlib.contextmanager
+def opened(project: "Project | Path | str") -> Iterator[Project]:
+    """The project in a folder, open for the time of a ``with``; an open one is passed through as it is."""
+    if isinstance(project, Project):
+        yield project
+        return
+    folder = Path(project)
+    settings = config.load(folder)
+    if not (folder / STATE).exists():
+        raise NotFoundError(f"{folder.resolve()} has no {STATE} folder", expected="a project", hint="trilobe init")
+    with Store.open(folder / STATE, settings.project.store or None) as store:
+        yield Project(folder, settings, store)
+
+
+def annotators(project: Project) -> list[Mapping[str, Any]]:
+    """What the last aggregation says of each annotator, best first: name, quality, answers, median seconds."""
+    kept = project.store.recorded("aggregate", {})
+    return sorted(kept.get("annotators", []), key=lambda a: -a["quality"])

@@ -1,0 +1,232 @@
+"""``check``, ``package`` and ``serve``: a model earns its evidence, becomes a bundle, and answers under a name."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trilobe.errors import NotFoundError, ServeError, UsageError
+from trilobe.infrastructure import endpoint as endpoints
+from trilobe.infrastructure.bundle import open_bundle, write_bundle
+from trilobe.loop.asking import unpack_beliefs
+from trilobe.loop.learning import evaluate, held_out
+from trilobe.loop.project import Project, annotators, digest, opened, tell
+from trilobe.types import Bundle, Endpoint, Evidence, FloatArray, Model
+
+
+def check(
+    project: "Project | Path | str" = ".", model: str = "", gates: Mapping[str, float] | None = None
+) -> list[Evidence]:
+    """Gather the evidence on a model and hold it against the gates of trilobe.toml.
+
+    Measured are accuracy and calibration on the held-out part, accuracy under projected gradient attack at each
+    strength of check.eps, and how far the exported ONNX graph is from the trained network. On the command line a
+    failed gate gives exit code 3.
+
+    Args:
+        project: the project's folder.
+        model: its id or first letters; the newest by default.
+        gates: overrides check.gates; names are accuracy, ece, parity, robust_accuracy@EPS.
+
+    Returns:
+        All evidence, gated: ``passed`` is None where there is no gate.
+
+    Example:
+        trilobe check --json
+    """
+    from trilobe.trust.checks import gate, parity
+
+    with opened(project) as p:
+        chosen = p.store.model(model or None)
+        found = evaluate(p, chosen.id)
+        module = p.module(chosen)
+        X, labels = _attackable(p, chosen)
+        tell("attacking the model")
+        found += p.task.attack(module, X, labels, p.config)
+        tell("comparing the exported graph with the trained network")
+        sample = X[:500]
+        found.append(parity(p.predict(chosen, sample, module), _exported(p, chosen, sample)))
+        found = gate(found, p.config.check.gates if gates is None else gates)
+        p.store.add_evidence(chosen.id, found)
+        return found
+
+
+def _attackable(p: Project, model: Model) -> tuple[FloatArray, NDArray[np.intp]]:
+    """Inputs with labels: the test part, or failing that what is believed of the pool."""
+    examples, labels = p.truth("test")
+    if examples:
+        return p.encode(examples), labels
+    beliefs = unpack_beliefs(p.store.blobs.get(model.origin["beliefs"]))
+    by_id = {e.id: e for e in p.store.examples(ids=[b.example_id for b in beliefs])}
+    return p.encode([by_id[b.example_id] for b in beliefs]), np.array([int(b.proba.argmax()) for b in beliefs])
+
+
+def _graph(p: Project, model: Model) -> bytes:
+    """The model as ONNX bytes, exported once."""
+    from trilobe.algorithms.export import to_onnx
+
+    if not (blob := p.store.recorded(f"onnx/{model.id}")):
+        examples = p.store.examples("pool")[:1]
+        blob = p.store.blobs.put(to_onnx(p.module(model), p.encode(examples)))
+        p.store.record(f"onnx/{model.id}", blob)
+    return p.store.blobs.get(blob)
+
+
+def _exported(p: Project, model: Model, X: FloatArray) -> FloatArray:
+    from trilobe.infrastructure.pipeline import onnx_step
+    from trilobe.statistics import softmax
+
+    _, run = onnx_step(_graph(p, model))
+    return softmax(run({"x": X})["logits"], model.temperature)
+
+
+def package(project: "Project | Path | str" = ".", model: str = "", allow_failed: bool = False) -> Bundle:
+    """Make a bundle: one folder with the weights, the graph, everything a server needs, the evidence and the card.
+
+    A model whose gates have not been checked is checked first; one that fails a gate is refused.
+
+    Args:
+        project: the project's folder.
+        model: its id or first letters; the newest by default.
+        allow_failed: package it all the same; the card and the evidence say which gate failed.
+
+    Raises:
+        CheckFailed: a gate failed.
+
+    Example:
+        trilobe package
+    """
+    from trilobe.infrastructure.monitor import Baseline
+    from trilobe.trust.card import model_card
+    from trilobe.trust.checks import require, verdict
+
+    with opened(project) as p:
+        chosen = p.store.model(model or None)
+        evidence = p.store.evidence(chosen.id)
+        if not any(e.check == "parity" for e in evidence):
+            evidence = check(p, chosen.id)
+        if not allow_failed:
+            require(evidence)
+        proba, _, on = held_out(p, chosen)
+        facts = {
+            "project": p.config.project.name, "n_examples": chosen.origin["n_examples"],
+            "n_answers": chosen.origin["n_answers"],
+            "annotators": [{"name": a["name"], "quality": a["quality"], "n_answers": a["n"]} for a in annotators(p)],
+            "endpoint": p.config.project.name,
+        }  # fmt: skip
+        files = {
+            "weights.safetensors": p.store.blobs.get(chosen.weights),
+            "model.onnx": _graph(p, chosen),
+            "preprocessing.json": _json(chosen.preprocessing),
+            "labels.json": _json({"names": chosen.space.names, "parents": chosen.space.parents}),
+            "calibration.json": _json({"method": "temperature.v1", "temperature": chosen.temperature}),
+            "baseline.json": _json({**Baseline.from_proba(proba).to_json(), "on": on}),
+            "evidence.json": _json(evidence),
+            "README.md": model_card(chosen, evidence, facts).encode(),
+        }
+        meta = {"task": chosen.task, "project": p.config.project.name, "network": chosen.network,
+                "origin": {k: v for k, v in chosen.origin.items() if k != "annotators"},
+                "gates_passed": verdict(evidence)}  # fmt: skip
+        name = f"{p.config.project.name}-{digest(sorted((k, len(v), hash_of(v)) for k, v in files.items()))[:10]}"
+        bundle = write_bundle(p.state / "bundles" / name, files, chosen.id, meta)
+        p.store.add_bundle(bundle)
+        return bundle
+
+
+def hash_of(data: bytes) -> str:
+    """SHA-256 of bytes."""
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
+
+
+def _json(value: Any) -> bytes:
+    import msgspec
+
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+
+
+def serve(
+    bundle: str = "",
+    project: "Project | Path | str" = ".",
+    name: str = "",
+    port: int | None = None,
+    capture: float | None = None,
+    background: bool = False,
+    stop: bool = False,
+) -> Endpoint:
+    """Put a bundle behind an endpoint name, or replace what is behind it without a failed request.
+
+    The endpoint speaks the Open Inference Protocol v2 over HTTP on this machine. If it is running already, the new
+    bundle is loaded and warmed up beside the old one, takes over, and this call returns.
+
+    Args:
+        bundle: its id or first letters, or a path; the newest of the project by default.
+        project: the project's folder.
+        name: the endpoint's name; the project's name by default.
+        port: 0 takes any free one.
+        capture: share of the traffic kept for monitoring, 0 to 1.
+        background: start a server that goes on when this program ends; otherwise serve until interrupted.
+        stop: stop the endpoint.
+
+    Raises:
+        BundleError: the bundle is damaged; what is being served goes on.
+        PortInUse: another program listens there.
+
+    Example:
+        trilobe serve --background --port 8000
+        trilobe serve --stop
+    """
+    with opened(project) as p:
+        name = name or p.config.project.name
+        folder = p.endpoint_folder(name)
+        if stop:
+            return endpoints.stop(folder)
+        chosen = _bundle(p, bundle)
+        settings = p.config.serve
+        port = settings.port if port is None else port
+        capture = settings.capture if capture is None else capture
+        if not 0 <= capture <= 1:
+            raise UsageError(f"capture = {capture}", expected="a share from 0 to 1")
+        if _running(folder):
+            tell(f"replacing what is behind {name!r}")
+            return endpoints.replace(folder, chosen.path)
+        endpoints.deploy(folder, chosen.path)
+        if background:
+            where = [
+                "--project",
+                str(p.folder.resolve()),
+                "--name",
+                name,
+                "--port",
+                str(port),
+                "--capture",
+                str(capture),
+            ]
+            command = [sys.executable, "-m", "trilobe", "serve", str(chosen.path.resolve()), *where]
+            return endpoints.start(folder, name, command)
+        task, captures = p.task, p.captures
+    from trilobe.infrastructure.serve import serve_forever
+
+    tell(f"serving {name!r}; interrupt with Ctrl-C")
+    serve_forever(folder, name, task.servable, captures, settings.host, port, capture, settings.max_body)
+    return endpoints.status(folder)
+
+
+def _bundle(p: Project, bundle: str) -> Bundle:
+    if bundle and (Path(bundle) / "manifest.json").exists():
+        return open_bundle(Path(bundle))
+    try:
+        return open_bundle(p.store.bundle(bundle or None).path)
+    except NotFoundError as e:
+        raise NotFoundError(e.problem, expected="a packaged model", hint="trilobe package") from e
+
+
+def _running(folder: Path) -> bool:
+    try:
+        return endpoints.status(folder).state in ("ready", "creating")
+    except (NotFoundError, ServeError):
+        return False

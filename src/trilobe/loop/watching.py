@@ -1,0 +1,137 @@
+"""``monitor`` and ``explain``: what an endpoint saw is held against its baseline, and a person sees why."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from trilobe.errors import NotEnoughData, NotFoundError
+from trilobe.files import write_atomically
+from trilobe.infrastructure import endpoint as endpoints
+from trilobe.infrastructure.bundle import read_json
+from trilobe.infrastructure.capture import read_captures
+from trilobe.infrastructure.monitor import Baseline, Window, find
+from trilobe.loop.project import Project, digest, opened, tell
+from trilobe.types import Bundle, Capture, Finding
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Why one capture was judged as it was: the picture and the heat map over it, as PNG files."""
+
+    capture_id: str
+    flagged: bool
+    predicted: str
+    confidence: float
+    image: Path
+    overlay: Path
+    residual: float
+
+
+def monitor(
+    project: "Project | Path | str" = ".", name: str = "", last: int | None = None, since: float = 0.0
+) -> Window:
+    """Hold what an endpoint captured against the baseline in its bundle, and keep what is found.
+
+    Three rules look at every window: one class predicted more than half of the time, consistently low confidence, and
+    drift of the predicted classes; together they raise at most monitor.alpha false alarms per window of clean traffic.
+    On the command line an alarm gives exit code 3.
+
+    Args:
+        project: the project's folder.
+        name: the endpoint; the project's by default.
+        last: how many of the newest captures make the window; monitor.window by default.
+        since: only captures from this time on (seconds since 1970).
+
+    Returns:
+        The verdict, with its findings (kept, see ``trilobe show findings``).
+
+    Example:
+        trilobe monitor --last 200
+    """
+    with opened(project) as p:
+        name = name or p.config.project.name
+        bundle, settings = serving(p, name), p.config.monitor
+        captures = read_captures(p.captures, name, since, bundle.id, last or settings.window)
+        baseline = Baseline.from_json({k: v for k, v in read_json(bundle, "baseline.json").items() if k != "on"})
+        window = find(baseline, captures, p.space, settings.alpha, settings.share, seed=p.seed)
+        known = {f.id for f in p.store.findings(name)}
+        p.store.add_findings([f for f in window.findings if f.id not in known])
+        return window
+
+
+def serving(p: Project, name: str) -> Bundle:
+    """The bundle behind an endpoint now (or when it was last running)."""
+    from trilobe.infrastructure.bundle import open_bundle
+
+    try:
+        bundle_id = endpoints.status(p.endpoint_folder(name)).bundle_id
+    except NotFoundError as e:
+        raise NotFoundError(f"no endpoint {name!r}", expected="one that was started", hint="trilobe serve") from e
+    return open_bundle(_bundle_path(p, name, bundle_id))
+
+
+def _bundle_path(p: Project, name: str, bundle_id: str) -> Path:
+    """Where the bundle of an endpoint lies; it may have been served from a path the store never saw."""
+    found = [b.path for b in p.store.bundles() if b.id == bundle_id]
+    return found[-1] if found else Path(endpoints.read_desired(p.endpoint_folder(name)).bundle)
+
+
+def explain(project: "Project | Path | str" = ".", finding: str = "newest", n: int = 6) -> list[Explained]:
+    """Show what a model looked at: FullGrad heat maps of captures that caused a finding, beside clean ones.
+
+    Args:
+        project: the project's folder.
+        finding: its id or first letters; the newest by default.
+        n: how many flagged captures, and how many clean ones.
+
+    Returns:
+        One record per capture, flagged ones first; the PNG files lie in .trilobe/explanations/.
+
+    Raises:
+        NotEnoughData: there are no findings, or their captures are gone.
+
+    Example:
+        trilobe explain --finding newest -n 8
+    """
+    with opened(project) as p:
+        found = p.store.findings()
+        if not found:
+            raise NotEnoughData("there are no findings to explain", hint="trilobe monitor")
+        chosen = found[-1] if finding == "newest" else p.store.finding(finding)
+        flagged, clean = _pick(p, chosen, n)
+        bundle = next((b for b in p.store.bundles() if b.id == chosen.bundle_id), None)
+        model = p.store.model(bundle.model_id if bundle else None)
+        module = p.module(model)
+        folder = p.state / "explanations" / chosen.id
+        explained = []
+        for captures, is_flagged in ((flagged, True), (clean, False)):
+            if not captures:
+                continue
+            items = [c.input for c in captures]
+            drawn = p.task.explain(module, items, p.task.encode(items, model.preprocessing))
+            for c, (image, overlay, residual) in zip(captures, drawn, strict=True):
+                shown, why = folder / f"{c.id}.png", folder / f"{c.id}-why.png"
+                write_atomically(shown, image)
+                write_atomically(why, overlay)
+                label = p.space.names[c.prediction]
+                explained.append(Explained(c.id, is_flagged, label, c.confidence, shown, why, residual))
+        kept = [{**asdict(e), "image": str(e.image), "overlay": str(e.overlay)} for e in explained]
+        p.store.record(f"explain/{chosen.id}", kept)
+        tell(f"{len(explained)} pictures in {folder}")
+        return explained
+
+
+def _pick(p: Project, finding: Finding, n: int) -> tuple[list[Capture], list[Capture]]:
+    """Flagged captures spread over their list, and captures of the same endpoint that no finding names."""
+    captures = read_captures(p.captures, finding.endpoint, bundle_id=finding.bundle_id)
+    by_id = {c.id: c for c in captures}
+    flagged = [by_id[i] for i in finding.capture_ids if i in by_id]
+    if not flagged:
+        raise NotEnoughData(f"the captures of finding {finding.id} are gone", hint="trilobe monitor")
+    blamed = {i for f in p.store.findings(finding.endpoint) for i in f.capture_ids}
+    first = min(c.at for c in flagged)
+    clean = [c for c in captures if c.id not in blamed and c.at < first] or [c for c in captures if c.id not in blamed]
+    rng = np.random.default_rng(int(digest(finding.id)[:8], 16))
+    spread = [flagged[i] for i in sorted(rng.permutation(len(flagged))[:n])]
+    return spread, [clean[i] for i in sorted(rng.permutation(len(clean))[:n])]

@@ -1,0 +1,104 @@
+"""Image classification: which of the classes does a picture show?
+
+This file names the parts; each part lives in the file of its kind.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trilobe.config import Config
+from trilobe.tasks.image_classification import data as images
+from trilobe.tasks.image_classification import report
+from trilobe.types import Answer, BoolArray, Bundle, Evidence, FloatArray, LabelSpace
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trilobe.infrastructure.pipeline import Servable
+
+Pixels = images.Pixels
+
+
+class ImageClassification:
+    """The members of :class:`trilobe.tasks.Task` for pictures; an item is pixels ``(height, width, 1 or 3)`` uint8."""
+
+    name = "image_classification"
+    suffixes = images.SUFFIXES
+
+    def decode(self, data: bytes, config: Config) -> Pixels:
+        """Pixels of an image file; see :func:`.data.decode`."""
+        return images.decode(data, config.image.max_pixels)
+
+    def to_bytes(self, item: Pixels) -> bytes:
+        """A PNG of the pixels."""
+        return images.encode_png(item)
+
+    def content(self, item: Pixels) -> str:
+        """Digest of the pixels."""
+        return images.content_digest(item)
+
+    def preprocessing(self, items: Sequence[Pixels], config: Config) -> dict[str, Any]:
+        """Size and channels that suit the pool."""
+        return images.choose_preprocessing([i.shape for i in items], config.image.size)
+
+    def encode(self, items: Sequence[Pixels], preprocessing: Mapping[str, Any]) -> FloatArray:
+        """``(n, channels, height, width)`` float32, 0 to 1."""
+        return images.encode(items, preprocessing)
+
+    def network(self, preprocessing: Mapping[str, Any], space: LabelSpace, width: int, seed: int) -> "nn.Module":
+        """The small convolutional network of :mod:`.model`."""
+        from trilobe.tasks.image_classification.model import network
+
+        return network(preprocessing, len(space), width, seed)
+
+    def augment(self, config: Config) -> Callable[..., Any] | None:
+        """Small turns, moves and scales."""
+        from trilobe.tasks.image_classification.model import vary
+
+        return vary if config.train.augment else None
+
+    def features(self, module: "nn.Module | None", X: FloatArray) -> FloatArray:
+        """What the network's last layer sees; the pixels while there is no network."""
+        if module is None:
+            return X.reshape(len(X), -1)
+        import torch
+
+        from trilobe.tasks.image_classification.model import features
+
+        return np.asarray(features(module.eval(), torch.from_numpy(X)).numpy())
+
+    def possible(self, answer: Answer, space: LabelSpace) -> BoolArray:
+        """The classes an answer leaves possible."""
+        return answer.response.possible(space)
+
+    def measure(self, proba: FloatArray, labels: Any, space: LabelSpace) -> list[Evidence]:
+        """Accuracy and expected calibration error."""
+        from trilobe.tasks.image_classification.metrics import measure
+
+        return measure(proba, labels)
+
+    def attack(self, module: "nn.Module", X: FloatArray, labels: Any, config: Config) -> list[Evidence]:
+        """Accuracy under projected gradient descent at each strength of ``check.eps``."""
+        from trilobe.tasks.image_classification.metrics import attack
+
+        return attack(module, X, labels, config)
+
+    def servable(self, bundle: Bundle) -> "Servable":
+        """Pixels in, probabilities out."""
+        from trilobe.tasks.image_classification.serve import servable
+
+        return servable(bundle)
+
+    def explain(self, module: "nn.Module", items: Sequence[Pixels], X: FloatArray) -> list[tuple[bytes, bytes, float]]:
+        """The picture, its FullGrad heat map, and the completeness residual."""
+        return report.explain(module, items, X)
+
+    def picture(self, item: Pixels) -> bytes:
+        """A PNG, small images enlarged."""
+        return report.picture(item)
+
+    def terminal(self, item: Pixels) -> str:
+        """Half blocks in gray."""
+        return report.terminal(item)
