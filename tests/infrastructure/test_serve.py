@@ -29,7 +29,7 @@ from trilobe.infrastructure import endpoint
 from trilobe.infrastructure.bundle import REQUIRED_FILES, write_bundle
 from trilobe.infrastructure.capture import read_captures
 from trilobe.infrastructure.pipeline import DATATYPES, TensorSpec
-from trilobe.infrastructure.serve import Call, decompress, encode_response, parse_request
+from trilobe.infrastructure.serve import Call, bind, decompress, encode_response, parse_request
 
 SCRIPT = """
 import json, sys, time
@@ -45,7 +45,8 @@ Path(folder, "modules.json").write_text(json.dumps(sorted(sys.modules)))
 def load(bundle):
     delay = read_json(bundle, "preprocessing.json").get("delay", 0)
     def to_float(data):
-        time.sleep(delay)
+        if delay:
+            time.sleep(delay)
         return {"x": data["image"].astype(np.float32) / 255}
     steps = [("to_float", to_float), onnx_step(read_bytes(bundle, "model.onnx"))]
     image, proba = TensorSpec("image", "UINT8", (-1, -1, -1, 3)), TensorSpec("proba", "FP32", (-1, 2))
@@ -236,6 +237,12 @@ def test_chunked_bodies(served: endpoint.Endpoint) -> None:
     connection.request("POST", INFER, iter([body[:9], body[9:]]), {"Transfer-Encoding": "chunked"}, encode_chunked=True)
     assert connection.getresponse().status == 200
     connection.close()
+
+
+def test_small_answers_are_not_held_back() -> None:
+    """Asyncio turns Nagle's algorithm off only for sockets that say they are TCP; else each answer waits 40 ms."""
+    with bind("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -571,8 +578,9 @@ def test_a_broken_bundle_leaves_the_old_one_serving(tmp_path: Path) -> None:
             status, _, answer = call(ready.url, "POST", INFER, {"inputs": [image_tensor()]})
             assert status == 200 and answer["model_version"] == ready.bundle_id
         (folder / "desired.json").write_text("{")  # a vandal: nothing changes
-        time.sleep(0.3)
+        time.sleep(0.7)
         assert endpoint.status(folder) == ready
+        assert (folder / "server.log").read_text().count("nothing is deployed") == 1, "said once, not at every look"
         better = endpoint.replace(folder, make_bundle(tmp_path / "better", 3), timeout=20)
         assert better.bundle_id != ready.bundle_id and better.url == ready.url
         assert endpoint.read_state(folder).error == ""

@@ -262,7 +262,7 @@ def encode_response(
 
     >>> call, spec = Call("7", {}, (("y", False),)), TensorSpec("y", "FP32", (-1,))
     >>> encode_response(call, {"y": np.array([0.5], np.float32)}, [spec], "m", "v1")[1].decode()
-    '{"model_name":"m","model_version":"v1","id":"7","outputs":[{"name":"y","shape":[1],"datatype":"FP32","data":[0.5]}]}'
+    '{"model_name":"m","model_version":"v1","outputs":[{"name":"y","shape":[1],"datatype":"FP32","data":[0.5]}],"id":"7"}'
     """
     specs = {spec.name: spec for spec in outputs}
     described: list[dict[str, Any]] = []
@@ -275,9 +275,9 @@ def encode_response(
             described.append({**tensor, "parameters": {"binary_data_size": len(blobs[-1])}})
         else:
             described.append({**tensor, "data": array.ravel().tolist()})
-    answer = {"model_name": name, "model_version": version, "outputs": described}
+    answer: dict[str, Any] = {"model_name": name, "model_version": version, "outputs": described}
     if call.id is not None:
-        answer = {"model_name": name, "model_version": version, "id": call.id, "outputs": described}
+        answer["id"] = call.id
     head = msgspec.json.encode(answer)
     if not blobs:
         return {"content-type": "application/json"}, head
@@ -544,14 +544,19 @@ async def _serve(server: Server, listener: socket.socket, folder: Path, state: S
 
 async def _follow(server: Server, folder: Path, state: State) -> None:
     """Load what is wished for whenever the wish changes, and say how it went."""
+    said, complaint = state, ""
     while True:
         try:
             desired = read_desired(folder)
             if desired.deployment != state.deployment:
                 state = await asyncio.to_thread(_swap, server, desired, state)
-                write_state(folder, state)
-        except TrilobeError as error:  # the wish was removed or damaged, or the disk is full: keep what serves
-            logger.warning("%s", error)
+            if state is not said:
+                await asyncio.to_thread(write_state, folder, state)
+            said, complaint = state, ""
+        except TrilobeError as error:  # the wish is gone or damaged, or the disk is full: serve on, and try again
+            if str(error) != complaint:
+                logger.warning("%s", error)
+            complaint = str(error)
         await asyncio.sleep(POLL_SECONDS)
 
 

@@ -22,9 +22,10 @@ from trilobe.loop.cycle import Ran, run
 from trilobe.loop.learning import evaluate, train
 from trilobe.loop.project import Project, listening, opened
 from trilobe.loop.promoting import check, package, serve
+from trilobe.loop.telling import export, report, show
 from trilobe.loop.watching import Explained, explain, monitor
 
 __all__ = [
     "Added", "Aggregated", "Explained", "Labeled", "Project", "Ran", "add", "aggregate", "check", "evaluate", "explain",
-    "init", "label", "listening", "monitor", "opened", "package", "query", "run", "serve", "train",
+    "export", "init", "label", "listening", "monitor", "opened", "package", "query", "report", "run", "serve", "show", "train",
 ]  # fmt: skip

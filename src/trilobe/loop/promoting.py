@@ -64,7 +64,7 @@ def _attackable(p: Project, model: Model) -> tuple[FloatArray, NDArray[np.intp]]
     return p.encode([by_id[b.example_id] for b in beliefs]), np.array([int(b.proba.argmax()) for b in beliefs])
 
 
-def _graph(p: Project, model: Model) -> bytes:
+def onnx_graph(p: Project, model: Model) -> bytes:
     """The model as ONNX bytes, exported once."""
     from trilobe.algorithms.export import to_onnx
 
@@ -79,7 +79,7 @@ def _exported(p: Project, model: Model, X: FloatArray) -> FloatArray:
     from trilobe.infrastructure.pipeline import onnx_step
     from trilobe.statistics import softmax
 
-    _, run = onnx_step(_graph(p, model))
+    _, run = onnx_step(onnx_graph(p, model))
     return softmax(run({"x": X})["logits"], model.temperature)
 
 
@@ -119,7 +119,7 @@ def package(project: "Project | Path | str" = ".", model: str = "", allow_failed
         }  # fmt: skip
         files = {
             "weights.safetensors": p.store.blobs.get(chosen.weights),
-            "model.onnx": _graph(p, chosen),
+            "model.onnx": onnx_graph(p, chosen),
             "preprocessing.json": _json(chosen.preprocessing),
             "labels.json": _json({"names": chosen.space.names, "parents": chosen.space.parents}),
             "calibration.json": _json({"method": "temperature.v1", "temperature": chosen.temperature}),

@@ -1,1 +1,1 @@
-"""What judges a model: metrics with intervals, attacks, explanations, gates and the card. Nobody below may import it."""
+"""What judges a model: metrics with intervals, attacks, explanations, gates, the card. Nobody below may import it."""

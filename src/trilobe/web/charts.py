@@ -74,6 +74,11 @@ class Series:
             )
         require_finite([*self.x, *self.y, *self.low, *self.high], f"the line {self.name!r}")
 
+    @property
+    def color(self) -> str:
+        """What its line, dots and words are drawn in."""
+        return MAIN if self.style == "main" else MUTED
+
     def reaches(self, target: float) -> float | None:
         """The first ``x`` whose ``y`` is at least ``target``; None where it never is.
 
@@ -117,15 +122,17 @@ class _Bar:
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """A share in 0..1 as people read it.
+    """A share in 0..1 as people read it; what is not quite all or nothing is never called so.
 
-    >>> percent(0.9764), percent(1.0), percent(0.05), percent(0.99996)
-    ('97.6%', '100%', '5%', '>99.9%')
+    >>> percent(0.9764), percent(1.0), percent(0.05), percent(0.99996), percent(0.0001), percent(0.996, 0)
+    ('97.6%', '100%', '5%', '>99.9%', '<0.1%', '>99%')
     """
-    text = f"{100 * share:.{digits}f}"
-    if share < 1 and float(text) == 100:  # never call perfect what is not
-        return f">{100 - 10**-digits:.{digits}f}%"
-    return (text.rstrip("0").rstrip(".") if "." in text else text) + "%"
+    value, step = round(100 * share, digits), 10**-digits
+    if value == 100 and share < 1:
+        return f">{100 - step:g}%"
+    if value == 0 and share != 0:
+        return f"<{step:g}%"
+    return f"{value:.{digits}f}".removesuffix(".0") + "%"
 
 
 def line_chart(
@@ -149,43 +156,30 @@ def line_chart(
     require_finite([*y_range, *([] if target is None else [target])], "the y range or the target")
     if y_range[0] >= y_range[1]:
         raise UsageError(f"the y range {y_range}", expected="a low end below a high end")
-    width, height, left, right, top, bottom = 560, 350, 46, 124, 30, 300
+    width, height, left, right, top, bottom = 560, 350, 46, 436, 30, 300
     xs = [x for s in series for x in s.x]
-    x_at = _scale(min(xs), max(xs), left + 8, width - right)
-    y_at = _scale(*y_range, bottom, top, clip=True)
-    parts = [
-        _text(0, 14, y_label, MUTED),
-        _text((left + width - right) / 2, height - 6, x_label, MUTED, "middle"),
-    ]
+    x_at, y_at = _scale(min(xs), max(xs), left + 8, right), _scale(*y_range, bottom, top, clip=True)
+    parts = [_text(0, 14, y_label, MUTED), _text((left + right) / 2, height - 4, x_label, MUTED, "middle")]
     for y in _ticks(*y_range):
-        parts += [
-            _line(left, y_at(y), width - right, y_at(y), LINE),
-            _text(left - 8, y_at(y) + 4, percent(y), MUTED, "end"),
-        ]
-    reached = [] if target is None else [x for s in series if (x := s.reaches(target)) is not None]
-    gap = (max(xs) - min(xs)) / 14  # a tick nearer than this to a written answer would be printed over it
-    parts += [
-        _text(x_at(x), bottom + 18, f"{x:g}", MUTED, "middle")
-        for x in _ticks(min(xs), max(xs), 7)
-        if all(abs(x - r) > gap for r in reached)
-    ]
-    if target is not None:
-        parts.append(_line(left, y_at(target), width - right, y_at(target), INK, dash="2 4"))
-        parts.append(_text(left + 4, y_at(target) - 6, f"target {percent(target)}", INK))
+        parts += [_line(left, y_at(y), right, y_at(y), LINE), _text(left - 8, y_at(y) + 4, percent(y), MUTED, "end")]
     parts += [_curve(s, x_at, y_at) for s in sorted(series, key=lambda s: s.style == "main")]
-    for s in series:
-        if target is not None and (x := s.reaches(target)) is not None:
-            color = MAIN if s.style == "main" else MUTED
-            y = s.y[s.x.index(x)]
-            parts.append(_line(x_at(x), y_at(y), x_at(x), bottom + 4, color, dash="1 3"))
-            parts.append(_text(x_at(x), bottom + 18, f"{x:g}", color, "middle", bold=True))
-    ends = _apart([y_at(s.y[-1]) + 4 for s in series], 17)
-    for s, y in zip(series, ends, strict=True):
-        color = MAIN if s.style == "main" else MUTED
-        parts.append(_text(width - right + 10, y, f"{s.name} {percent(s.y[-1])}", color, bold=s.style == "main"))
-    told = "; ".join(
-        f"{s.name}: " + ", ".join(f"{percent(y)} at {x:g}" for x, y in zip(s.x, s.y, strict=True)) for s in series
-    )
+    written: list[float] = []  # pixels under the axis that hold an answer to "when?"; ticks give way to them
+    if target is not None:
+        parts.append(_line(left, y_at(target), right, y_at(target), INK, dash="2 4"))
+        parts.append(_text(left + 4, y_at(target) - 6, f"target {percent(target)}", INK))
+        for s in series:
+            if (x := s.reaches(target)) is not None and x_at(x) not in written:
+                below = bottom + 18 + 13 * sum(abs(x_at(x) - w) < 30 for w in written)
+                parts.append(_line(x_at(x), y_at(s.y[s.x.index(x)]), x_at(x), bottom + 4, s.color, dash="1 3"))
+                parts.append(_text(x_at(x), below, f"{x:g}", s.color, "middle", bold=True))
+                written.append(x_at(x))
+    for x in _ticks(min(xs), max(xs), 7):
+        if all(abs(x_at(x) - w) > 30 for w in written):
+            parts.append(_text(x_at(x), bottom + 18, f"{x:g}", MUTED, "middle"))
+    for s, y in zip(series, _apart([y_at(s.y[-1]) + 4 for s in series], 17), strict=True):
+        parts.append(_text(right + 10, y, f"{s.name} {percent(s.y[-1])}", s.color, bold=s.style == "main"))
+    points = [", ".join(f"{percent(y)} at {x:g}" for x, y in zip(s.x, s.y, strict=True)) for s in series]
+    told = "; ".join(f"{s.name}: {at}" for s, at in zip(series, points, strict=True))
     return _svg(width, height, title, f"{y_label} against {x_label}. {told}.", parts)
 
 
@@ -226,16 +220,14 @@ def reliability_diagram(bins: Sequence[Bin], *, title: str = "Stated confidence 
     return _svg(width, height, title, f"{told}.", parts)
 
 
-def bars(items: Sequence[Estimate], *, title: str, form: str = "percent", target: float | None = None) -> str:
-    """One bar for each estimate, with its interval; ``form`` is ``percent`` (0..1) or ``seconds``.
+def bars(items: Sequence[Estimate], *, title: str, form: Literal["percent", "seconds"] = "percent") -> str:
+    """One bar for each estimate, with its interval: shares in 0..1, or durations.
 
     >>> "no attack" in bars([Estimate.of_counts("no attack", 97, 100)], title="Accuracy under attack")
     True
     """
-    rows = [
-        (e.name, [_Bar(e, percent(e.value) if form == "percent" else seconds(e.value), mark=target)]) for e in items
-    ]
-    return _rows(rows, title, None if form == "seconds" else 1.0)
+    words: Callable[[float], str] = seconds if form == "seconds" else percent
+    return _rows([(e.name, [_Bar(e, words(e.value))]) for e in items], title, 1.0 if form == "percent" else None)
 
 
 def paired_bars(items: Sequence[tuple[Estimate, float | None]], *, title: str) -> str:
@@ -264,27 +256,17 @@ def share_bars(
     True
     """
     if len(window) != len(baseline):
-        raise UsageError(
-            f"{len(window)} classes in the window, {len(baseline)} in the baseline", expected="the same classes"
-        )
+        came = f"{len(window)} classes in the window, {len(baseline)} in the baseline"
+        raise UsageError(came, expected="the same classes in both")
     require_finite(baseline, "the baseline")
     rows = []
     for e, was in zip(window, baseline, strict=True):
-        strange = e.name in flagged
         words = f"{percent(e.value)}, was {percent(was)}"
-        rows.append(
-            (
-                e.name,
-                [
-                    _Bar(
-                        e,
-                        ("▲ " if e.value > was else "▼ ") + words if strange else words,
-                        "alert" if strange else "full",
-                        mark=was,
-                    )
-                ],
-            )
-        )
+        if e.name in flagged:
+            bar = _Bar(e, f"{'▲' if e.value > was else '▼'} {words}", "alert", was)
+        else:
+            bar = _Bar(e, words, mark=was)
+        rows.append((e.name, [bar]))
     return _rows(rows, title, None)
 
 
@@ -347,12 +329,15 @@ def loop_diagram(stations: Sequence[Station], *, tall: bool = False) -> str:
 def seconds(value: float) -> str:
     """A duration as people read it.
 
-    >>> seconds(0.0123), seconds(3.21), seconds(125)
-    ('12 ms', '3.2 s', '2 min 5 s')
+    >>> seconds(0.0021), seconds(3.21), seconds(125)
+    ('2.1 ms', '3.2 s', '2 min 5 s')
     """
-    if value < 1:
-        return f"{1000 * value:.0f} ms"
-    return f"{value:.1f} s" if value < 60 else f"{int(value // 60)} min {value % 60:.0f} s"
+    if value < 0.9995:
+        return f"{1000 * value:.3g} ms"
+    if value < 59.95:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s"
 
 
 # ---------------------------------------------------------------- drawing
@@ -399,18 +384,18 @@ def _drawn_bar(bar: _Bar, x_at: _Scale, y: float, thick: float) -> str:
 
 def _curve(s: Series, x_at: _Scale, y_at: _Scale) -> str:
     """A line with its band and dots."""
-    color = MAIN if s.style == "main" else MUTED
+
+    def pixels(y: Sequence[float]) -> list[str]:
+        return [f"{x_at(a):.1f},{y_at(b):.1f}" for a, b in zip(s.x, y, strict=True)]
+
     out = ""
     if s.low:
-        edge = [*zip(s.x, s.high, strict=True), *reversed(list(zip(s.x, s.low, strict=True)))]
-        points = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in edge)
-        out += f'<polygon points="{points}" style="fill:{color};opacity:.14"/>'
-    points = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in zip(s.x, s.y, strict=True))
+        edge = " ".join(pixels(s.high) + pixels(s.low)[::-1])
+        out += f'<polygon points="{edge}" style="fill:{s.color};opacity:.14"/>'
     dash = "" if s.style == "main" else ";stroke-dasharray:6 4"
-    out += f'<polyline points="{points}" style="fill:none;stroke:{color};stroke-width:2.2{dash}"/>'
-    return out + "".join(
-        _dot(x_at(x), y_at(y), 3, color if s.style == "main" else PAPER, color) for x, y in zip(s.x, s.y, strict=True)
-    )
+    out += f'<polyline points="{" ".join(pixels(s.y))}" style="fill:none;stroke:{s.color};stroke-width:2.2{dash}"/>'
+    fill = s.color if s.style == "main" else PAPER
+    return out + "".join(_dot(x_at(x), y_at(y), 3, fill, s.color) for x, y in zip(s.x, s.y, strict=True))
 
 
 def _scale(start: float, stop: float, a: float, b: float, clip: bool = False) -> _Scale:

@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from trilobe.errors import DataError, UsageError
 from trilobe.types import Evidence, Finding
 from trilobe.web import charts
 from trilobe.web.charts import Bin, Estimate, Series, Station, percent, seconds
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _DATA_URI = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/]+={0,2}")
 MOST_CLASSES = 20  # a larger confusion matrix is not readable as a table
@@ -301,20 +305,7 @@ def render(data: ReportData) -> str:
     >>> "Digits" in page and "run <code>trilobe check</code>" in page
     True
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    env = Environment(
-        loader=PackageLoader("trilobe.web"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters |= {
-        "percent": percent, "seconds": seconds, "count": _count, "size": _size, "clock": _clock,
-        "p_value": _p_value, "figure": _figure, "plus": _plus,
-    }  # fmt: skip
-    html = env.get_template("report.html.j2").render(
+    html = _environment().get_template("report.html.j2").render(
         data=data, sections={s.name: (i, s) for i, s in enumerate(SECTIONS, 1)},
         said={s.name: _say(s.name, data) for s in SECTIONS},
         verdict=data.verdict or _verdict(data), key_figures=_key_figures(data), drawn=_draw(data),
@@ -354,6 +345,25 @@ def png_uri(png: bytes) -> str:
     'data:image/png;base64,bm90'
     """
     return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+@cache
+def _environment() -> "Environment":
+    """Jinja with what the template may say; every value it prints is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    env = Environment(
+        loader=PackageLoader("trilobe.web"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {
+        "percent": percent, "seconds": seconds, "count": _count, "size": _size, "clock": _clock,
+        "p_value": _p_value, "figure": _figure, "plus": _plus,
+    }  # fmt: skip
+    return env
 
 
 # ---------------------------------------------------------------- figures
@@ -472,7 +482,8 @@ def _questions_said(q: Questions) -> str:
     mine, aim = q.chosen.reaches(q.target), percent(q.target)
     other = q.baseline.reaches(q.target) if q.baseline else None
     if mine is None:
-        return f"{opening}; the target of {aim} is not reached yet ({last})."
+        sooner = "" if other is None else f", while picking at random took {other:g} answers"
+        return f"{opening}; the target of {aim} is not reached yet ({last}){sooner}."
     reached = f"{opening}: {mine:g} answers were enough to be right {aim} of the time"
     if q.baseline is None:
         return f"{reached}."
@@ -573,7 +584,8 @@ def _size(n: int) -> str:
 
 
 def _clock(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%-d %B %Y, %H:%M UTC")
+    when = datetime.fromtimestamp(at, UTC)
+    return f"{when.day} {when:%B %Y, %H:%M} UTC"
 
 
 def _p_value(p: float) -> str:

@@ -192,20 +192,21 @@ def _low_confidence(baseline: Baseline, proba: FloatArray, seen: _Comparison, na
 
 
 def _class_drift(baseline: Baseline, proba: FloatArray, seen: _Comparison, names: Sequence[str]) -> _Words:
-    """Words for another mix of classes. The limits follow from limits of each class (95% for all at once).
+    """Words for another mix of classes; the limits hold for small samples, and are wide for it.
 
-    The distance is the sum of what the risen classes gained, so at least the sum of the lower limits of the gains
-    (or of the losses), and at most the sum of the upper ones. Wide, but never wrong for small samples.
+    The distance is the most by which any set of classes gained. So it is at least what single classes surely gained
+    (or lost), by exact limits of all classes at once, and at most the figure plus what Hoeffding's inequality allows
+    each sample over the ``2^n_classes`` sets; each side may fail with probability 0.025.
     """
     m, n, n_classes = len(proba), baseline.n, len(names)
     before, now = np.array(baseline.class_counts) / n, seen.counts / m
     limits = [
-        (*clopper_pearson(int(k), m, 1 - 0.025 / n_classes), *clopper_pearson(b, n, 1 - 0.025 / n_classes))
+        (*clopper_pearson(int(k), m, 1 - 0.0125 / n_classes), *clopper_pearson(b, n, 1 - 0.0125 / n_classes))
         for k, b in zip(seen.counts, baseline.class_counts, strict=True)
     ]
     low_now, high_now, low_before, high_before = np.array(limits).T
     gain, loss = np.maximum(0, [low_now - high_before, low_before - high_now]).sum(axis=1)
-    up, down = np.maximum(0, [high_now - low_before, high_before - low_now]).sum(axis=1)
+    slack = sum(math.sqrt((n_classes * math.log(2) - math.log(0.0125)) / (2 * size)) for size in (m, n))
     distance = float(np.abs(now - before).sum() / 2)
     surprise = (now - before) / np.sqrt(np.maximum(seen.counts + before * n, 1))  # orders as the standardized residual
     moved = [int(c) for c in np.argsort(-np.abs(surprise), kind="stable") if seen.change[c] <= 0.05]
@@ -228,7 +229,7 @@ def _class_drift(baseline: Baseline, proba: FloatArray, seen: _Comparison, names
         }
         for c in moved
     ]
-    low, high = float(max(gain, loss)), float(min(1, up, down))
+    low, high = float(max(gain, loss)), min(1.0, distance + slack)
     return _Words(text, distance, seen.chance, low, high, order, {"changes": changes})
 
 

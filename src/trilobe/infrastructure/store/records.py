@@ -145,12 +145,8 @@ def _space_in(text: str) -> LabelSpace:
     return LabelSpace(tuple(found["names"]), found["parents"], found["scheme"])
 
 
-def _number_out(value: Any) -> float | None:
-    return None if math.isnan(value) else float(value)  # SQLite has no NaN: the column is then empty
-
-
 def _number_in(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+    return math.nan if value is None else value  # SQLite has no NaN and keeps NULL instead
 
 
 def _same(value: Any) -> Any:
@@ -164,7 +160,7 @@ def _maybe(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
 WORDS = Coded(escape, unescape)
 NAMES = Coded(to_json, lambda text: tuple(json.loads(text)))
 VALUE = Coded(to_json, from_json)
-NUMBER = Coded(_number_out, _number_in, Double())
+NUMBER = Coded(float, _number_in, Double())
 MAYBE_NUMBER = Coded(_maybe(float), _same, Double())
 MAYBE_TRUE = Coded(_maybe(bool), _same, Boolean())
 COUNT = Coded(int, _same, Integer())

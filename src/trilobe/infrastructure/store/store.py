@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -288,16 +288,13 @@ class Store:
 
     # Transactions
 
-    def transaction(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
         """``with store.transaction():`` makes the calls inside one unit, all or nothing; inner ones join the outer.
 
         A call that failed inside fails the whole, also when its error was caught. It belongs to the thread that
         opened it, and other writers wait for its end, so keep it short.
         """
-        return self._transaction()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
         with self._write():
             yield
 
@@ -358,10 +355,12 @@ class Store:
             migrations.upgrade(connection)
 
     def _add_new(self, table: Table, nouns: Sequence[Any]) -> int:
-        by_id = {noun.id: noun for noun in reversed(nouns)}  # the first of several wins
+        by_id: dict[str, Any] = {}
+        for noun in nouns:
+            by_id.setdefault(noun.id, noun)
         with self._write() as connection:
             known = _existing(connection, table.c.id, list(by_id))
-            rows = [row(noun) for id, noun in reversed(by_id.items()) if id not in known]
+            rows = [row(noun) for id, noun in by_id.items() if id not in known]
             _insert(connection, table, rows)
         return len(rows)
 

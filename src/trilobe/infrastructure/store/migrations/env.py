@@ -7,9 +7,7 @@ from trilobe.infrastructure.store.schema import metadata
 
 def migrate() -> None:
     """Run the migrations that Alembic's command chose; it only works when Alembic loads this file."""
-    context.configure(
-        connection=context.config.attributes["connection"], target_metadata=metadata, transactional_ddl=True
-    )
+    context.configure(connection=context.config.attributes["connection"], target_metadata=metadata)
     context.run_migrations()
 
 

@@ -1,0 +1,5 @@
+"""``python -m trilobe`` is the command line."""
+
+from trilobe.cli import main
+
+main()

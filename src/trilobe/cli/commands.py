@@ -1,0 +1,153 @@
+"""Commands made from functions: the signature gives the options, the docstring the help, the errors the exit codes.
+
+Parameters before ``project`` are arguments of the command line, the others are options. A verb's docstring has the
+sections Args and Example, which appear in ``--help`` as they stand.
+"""
+
+import inspect
+import json
+import logging
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import click
+
+from trilobe.errors import TrilobeError
+
+SHORT = {"project": "-p", "n": "-n"}
+
+
+def command(name: str) -> click.Command:
+    """The command of a verb."""
+    if name == "demo":
+        from trilobe.demos import demo as function
+    else:
+        from trilobe import loop
+
+        function = getattr(loop, name)
+    doc = inspect.getdoc(function) or ""
+    summary, args, example = read_docstring(doc)
+    parameters = [
+        *(_parameter(p, args.get(p.name, "")) for p in inspect.signature(function, eval_str=True).parameters.values()),
+        click.Option(["--json", "as_json"], is_flag=True, help="print the result as JSON, for machines"),
+    ]
+    positional = "\n".join(f"  {p.human_readable_name}: {args[p.name or '']}" for p in parameters
+                           if isinstance(p, click.Argument) and p.name in args)  # fmt: skip
+    text = summary + (f"\n\n\b\nArguments:\n{positional}" if positional else "")
+    return click.Command(
+        name, callback=_callback(function), params=parameters, help=text, short_help=summary.split("\n")[0],
+        epilog="\b\nExample:\n" + example,
+    )  # fmt: skip
+
+
+def read_docstring(doc: str) -> tuple[str, dict[str, str], str]:
+    """The parts of a verb's docstring: the text before any section, what each argument is, the example.
+
+    >>> read_docstring("Do it.\\n\\nArgs:\\n    n: how many,\\n        at least 1.\\n\\nExample:\\n    trilobe do")
+    ('Do it.', {'n': 'how many, at least 1.'}, '  trilobe do')
+    """
+    parts = re.split(r"^(Args|Returns|Raises|Example):\n", doc.replace("``", ""), flags=re.MULTILINE)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    args = {
+        m[1]: " ".join(m[2].split())
+        for m in re.finditer(r"^    (\w+): ((?:.|\n(?!    \w+: ))*)", sections.get("Args", ""), re.MULTILINE)
+    }
+    lines = [line.strip() for line in sections.get("Example", "").strip().splitlines()]
+    return parts[0].strip(), args, "\n".join(f"  {line}" for line in lines)
+
+
+def _parameter(p: inspect.Parameter, text: str) -> click.Parameter:
+    kind, many = _kind(p.annotation)
+    required = p.default is inspect.Parameter.empty
+    if p.name in ("paths", "answers", "bundle", "what"):
+        return click.Argument([p.name], type=kind, nargs=-1 if many else 1, required=required,
+                              default=None if required or many else p.default)  # fmt: skip
+    flags = [f"--{p.name.replace('_', '-')}", *([SHORT[p.name]] if p.name in SHORT else [])]
+    if kind is bool:
+        return click.Option(flags, is_flag=True, help=text)
+    shown = p.default not in (None, "", ()) and not required
+    return click.Option(flags, type=kind, default=None if many else p.default, help=text, show_default=shown)
+
+
+def _kind(annotation: Any) -> tuple[Any, bool]:
+    """The click type of an annotation, and whether several values are meant."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    options = tuple(o for o in options if o is not type(None))
+    for plain in (bool, int, float):
+        if plain in options:
+            return plain, False
+    for o in options:
+        origin = typing.get_origin(o)
+        if origin is typing.Literal:
+            return click.Choice(typing.get_args(o)), False
+        if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+            return Assignments(), False
+        if origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
+            return (Several() if str in typing.get_args(o) else click.Path()), True
+    return str, False
+
+
+class Several(click.ParamType[Any]):
+    """Values separated by commas."""
+
+    name = "a,b,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Split, without empty parts."""
+        return tuple(v.strip() for v in value.split(",") if v.strip()) if isinstance(value, str) else value
+
+
+class Assignments(click.ParamType[Any]):
+    """Numbers by name: ``accuracy=0.9,ece=0.1``."""
+
+    name = "name=number,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Split into names and numbers, with an error that says which part is wrong."""
+        if not isinstance(value, str):
+            return value
+        found = {}
+        for part in filter(None, value.split(",")):
+            name, _, number = part.partition("=")
+            try:
+                found[name.strip()] = float(number)
+            except ValueError:
+                self.fail(f"{part!r} is not of the form name=number", param, ctx)
+        return found
+
+
+def _callback(function: Callable[..., Any]) -> Callable[..., None]:
+    def call(as_json: bool, **values: Any) -> None:
+        from trilobe.cli.words import Terminal, exit_code, plain, words
+        from trilobe.loop import listening
+
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+        given = {k: v for k, v in values.items() if v is not None}
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.default == () and name not in given:
+                given[name] = ()
+        try:
+            with Terminal() as terminal, listening(terminal):
+                result = function(**given)
+        except TrilobeError as e:
+            _complain(e, as_json)
+            sys.exit(e.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted; what was acknowledged is kept, run it again to go on", err=True)
+            sys.exit(130)
+        click.echo(json.dumps(plain(result), indent=2) if as_json else words(function.__name__, result))
+        sys.exit(exit_code(result))
+
+    return call
+
+
+def _complain(e: TrilobeError, as_json: bool) -> None:
+    if as_json:
+        what = {"error": type(e).__name__, "problem": e.problem, "expected": e.expected, "next": e.hint}
+        click.echo(json.dumps(what, indent=2))
+    style = click.style(f"{type(e).__name__}: ", fg="red", bold=True)
+    click.echo(style + str(e).encode("utf-8", "replace").decode(), err=True)
