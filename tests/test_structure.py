@@ -27,6 +27,7 @@ ALLOWED = {
     "loop": GROUND | LOBES | {"trust", "tasks", "web"},
     "demos": GROUND | LOBES | {"trust", "tasks", "web", "loop"},
     "cli": GROUND | {"loop", "demos"},
+    "__main__": {"cli"},
 }
 HEAVY = {"torch", "onnx", "onnxruntime", "onnxscript", "sklearn", "matplotlib"}
 MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 800, 60, 10

@@ -1,8 +1,8 @@
 """The command line: every verb of the loop, with the same name and the same arguments.
 
 Commands are made from the functions (:mod:`.commands`), results become words in :mod:`.words`. This file holds the
-names only, so that ``trilobe --help`` loads neither numpy nor the loop. Data goes to stdout, talk to stderr. Exit codes: 0
-done, 1 error, 2 wrong usage, 3 a check or a monitor said no.
+names only, so that ``trilobe --help`` loads neither numpy nor the loop. Data goes to stdout, talk to stderr. Exit
+codes: 0 done, 1 error, 2 wrong usage, 3 a check or a monitor said no.
 """
 
 import click

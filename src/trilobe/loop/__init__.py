@@ -27,5 +27,6 @@ from trilobe.loop.watching import Explained, explain, monitor
 
 __all__ = [
     "Added", "Aggregated", "Explained", "Labeled", "Project", "Ran", "add", "aggregate", "check", "evaluate", "explain",
-    "export", "init", "label", "listening", "monitor", "opened", "package", "query", "report", "run", "serve", "show", "train",
+    "export", "init", "label", "listening", "monitor", "opened", "package", "query", "report", "run", "serve",
+    "show", "train",
 ]  # fmt: skip

@@ -46,6 +46,7 @@ def query(
     n: int | None = None,
     strategy: str | Callable[[FloatArray], FloatArray] = "",
     finding: str = "",
+    answers: int | None = None,
     seed: int | None = None,
 ) -> list[Question]:
     """Choose what to ask next. While questions are open, those are returned and nothing new is asked.
@@ -59,6 +60,7 @@ def query(
         n: how many; query.first or query.n by default. More than there is asks everything.
         strategy: margin, entropy, least_confidence, typical, random, or your own score function.
         finding: the id of a finding (or its first letters, or "newest").
+        answers: how many people are asked each question; query.answers by default.
         seed: overrides the project's.
 
     Raises:
@@ -74,19 +76,20 @@ def query(
             return waiting
         round_ = 1 + max((q.round for q in p.store.questions()), default=0)
         seed = seed_of(p.seed if seed is None else seed, "query", round_)
+        each = answers or p.config.query.answers
         if finding:
             found = p.store.findings()[-1:] if finding == "newest" else [p.store.finding(finding)]
             if not found:
                 raise NotEnoughData("there are no findings", hint="trilobe monitor")
             candidates, chosen = _from_finding(p, found[0], n or p.config.query.n, strategy, seed)
-            people = tuple(a["name"] for a in annotators(p) if a["name"] != GOLD)[: p.config.query.answers]
+            people = tuple(a["name"] for a in annotators(p) if a["name"] != GOLD)[:each]
         else:
             candidates, chosen = _from_pool(p, n, strategy, seed)
             people = ()
         questions = []
         for at, score in zip(chosen.index, chosen.score, strict=True):
             id_ = digest("question", candidates[at].id, round_)[:16]
-            who = people or _assign(p, id_)
+            who = people or _assign(p, id_, each)
             questions.append(
                 Question(
                     id_, candidates[at].id, (), chosen.strategy, float(score), chosen.reason, round_, who, time.time()
@@ -148,10 +151,10 @@ def _from_finding(
     return rest, replace(chosen, reason=f"{finding.kind.replace('_', ' ')}: {chosen.reason}")
 
 
-def _assign(p: Project, question_id: str) -> tuple[str, ...]:
+def _assign(p: Project, question_id: str, each: int) -> tuple[str, ...]:
     names = p.config.query.annotators
     order = np.random.default_rng(seed_of(p.seed, "assign", question_id)).permutation(len(names))
-    return tuple(names[i] for i in order[: p.config.query.answers])
+    return tuple(names[i] for i in order[:each])
 
 
 def label(

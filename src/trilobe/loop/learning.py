@@ -1,8 +1,10 @@
 """``train`` and ``evaluate``: beliefs become a calibrated model, and the model meets the held-out part."""
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +13,7 @@ from trilobe.config import as_dict
 from trilobe.errors import NotEnoughData
 from trilobe.loop.asking import aggregate, unpack_beliefs
 from trilobe.loop.project import Project, digest, opened, seed_of, tell
+from trilobe.statistics import softmax
 from trilobe.types import Belief, Evidence, Example, FloatArray, Model
 
 if TYPE_CHECKING:
@@ -35,68 +38,70 @@ def train(project: "Project | Path | str" = ".", seed: int | None = None) -> Mod
     Example:
         trilobe train
     """
-    from trilobe.algorithms.calibrate import fit_temperature
-    from trilobe.algorithms.fit import Plan, cross_fit, fit
-    from trilobe.algorithms.weights import to_safetensors
-
     with opened(project) as p:
+        seed = p.seed if seed is None else seed
         told = aggregate(p)
         beliefs = unpack_beliefs(p.store.blobs.get(told.beliefs))
         _check_classes(p, beliefs)
-        settings = as_dict(p.config.train)
-        seed = p.seed if seed is None else seed
-        spec, space = p.preprocessing(), p.space
-        key = digest("train", told.beliefs, settings, seed, spec, space.names, p.config.project.task)
+        settings, spec = as_dict(p.config.train), p.preprocessing()
+        key = digest("train", told.beliefs, settings, seed, spec, p.space.names, p.config.project.task)
         if kept := p.store.recorded(f"train/{key}"):
             tell("already trained on exactly this")
             return p.store.model(kept)
-        X = p.encode(_examples_of(p, beliefs))
-        likelihood = np.stack([b.likelihood for b in beliefs])
-        proba = np.stack([b.proba for b in beliefs])
-        plan = Plan(
-            **{k: v for k, v in settings.items() if k not in ("width", "folds", "augment")}, seed=seed_of(seed, "train")
-        )
-        vary, width = p.task.augment(p.config), p.config.train.width
-
-        def fresh() -> "nn.Module":
-            return p.task.network(spec, space, width, seed_of(seed, "network"))
-
-        fits, done = p.config.train.folds + 1, [0]
-
-        def progress(step: int, total: int, loss: float) -> None:
-            tell("training", done[0] * total + step, fits * total)
-            done[0] += step == total
-
-        out_of_fold = cross_fit(fresh, X, likelihood, plan, p.config.train.folds, vary, progress)
-        module = fresh()
-        fit(
-            module,
-            X,
-            likelihood,
-            plan,
-            vary,
-            checkpoint=p.state / "work" / f"{key[:16]}.safetensors",
-            progress=progress,
-        )
-        weights = p.store.blobs.put(to_safetensors(module.state_dict()))
+        learned = _learn(p, beliefs, spec, seed, p.state / "work" / f"{key[:16]}.safetensors")
+        weights = p.store.blobs.put(learned.weights)
+        agrees = learned.out_of_fold.argmax(1) == np.stack([b.proba for b in beliefs]).argmax(1)
         model = Model(
             id=digest("model", weights, key)[:12],
             task=p.config.project.task,
-            space=space,
+            space=p.space,
             weights=weights,
             preprocessing=spec,
-            network={"name": "small_convnet.v1", "width": width},
-            temperature=fit_temperature(out_of_fold, proba),
-            origin=p.origin(train=settings, beliefs=told.beliefs, n_examples=len(beliefs), n_answers=told.n_answers,
-                            annotators=list(told.annotators), aggregate=told.method) | {"seed": seed},
-            metrics={"out_of_fold_accuracy": float((out_of_fold.argmax(1) == proba.argmax(1)).mean())},
+            network={"name": "small_convnet.v1", "width": p.config.train.width},
+            temperature=learned.temperature,
+            origin={**p.origin(train=settings, beliefs=told.beliefs, n_examples=len(beliefs), n_answers=told.n_answers,
+                               annotators=list(told.annotators), aggregate=told.method), "seed": seed},
+            metrics={"out_of_fold_accuracy": float(agrees.mean())},
             created_at=time.time(),
         )  # fmt: skip
         with p.store.transaction():
             p.store.add_model(model)
             p.store.record(f"train/{key}", model.id)
-            p.store.record(f"out_of_fold/{model.id}", _rows(model, beliefs, out_of_fold))
+            p.store.record(f"out_of_fold/{model.id}", _rows(learned, beliefs))
         return model
+
+
+@dataclass(frozen=True)
+class _Learned:
+    weights: bytes
+    temperature: float
+    out_of_fold: FloatArray
+
+
+def _learn(p: Project, beliefs: list[Belief], spec: Mapping[str, Any], seed: int, checkpoint: Path) -> _Learned:
+    """Networks for the out-of-fold predictions, then the one on everything."""
+    from trilobe.algorithms.calibrate import fit_temperature
+    from trilobe.algorithms.fit import Plan, cross_fit, fit
+    from trilobe.algorithms.weights import to_safetensors
+
+    X = p.encode(_examples_of(p, beliefs))
+    likelihood, proba = np.stack([b.likelihood for b in beliefs]), np.stack([b.proba for b in beliefs])
+    train = p.config.train
+    numbers = {k: v for k, v in as_dict(train).items() if k not in ("width", "folds", "augment")}
+    plan, vary = Plan(**numbers, seed=seed_of(seed, "train")), p.task.augment(p.config)
+    done = [0]
+
+    def fresh() -> "nn.Module":
+        return p.task.network(spec, p.space, train.width, seed_of(seed, "network"))
+
+    def progress(step: int, total: int, loss: float) -> None:
+        tell("training", done[0] * total + step, (train.folds + 1) * total)
+        done[0] += step == total
+
+    out_of_fold = cross_fit(fresh, X, likelihood, plan, train.folds, vary, progress)
+    module = fresh()
+    fit(module, X, likelihood, plan, vary, checkpoint, progress)
+    return _Learned(to_safetensors(module.state_dict()), fit_temperature(out_of_fold, proba), out_of_fold)
 
 
 def _examples_of(p: Project, beliefs: list[Belief]) -> list[Example]:
@@ -104,10 +109,8 @@ def _examples_of(p: Project, beliefs: list[Belief]) -> list[Example]:
     return [found[b.example_id] for b in beliefs]
 
 
-def _rows(model: Model, beliefs: list[Belief], logits: FloatArray) -> dict[str, list[float]]:
-    from trilobe.statistics import softmax
-
-    rows = softmax(logits, model.temperature).round(6)
+def _rows(learned: _Learned, beliefs: list[Belief]) -> dict[str, list[float]]:
+    rows = softmax(learned.out_of_fold, learned.temperature).round(6)
     return {b.example_id: row.tolist() for b, row in zip(beliefs, rows, strict=True)}
 
 

@@ -285,7 +285,7 @@ class Section:
 
 
 SECTIONS = (
-    Section("pool", "Pool", "trilobe import"),
+    Section("pool", "Pool", "trilobe add"),
     Section("questions", "Questions", "trilobe query"),
     Section("answers", "Answers", "trilobe label"),
     Section("training", "Model", "trilobe train"),
@@ -293,7 +293,7 @@ SECTIONS = (
     Section("serving", "Bundle and endpoint", "trilobe package"),
     Section("monitoring", "Findings", "trilobe monitor"),
     Section("why", "Why", "trilobe explain"),
-    Section("repair", "Repair", "trilobe run"),
+    Section("repair", "Repair", "trilobe query --finding newest"),
     Section("origin", "How to reproduce this", "trilobe run"),
 )
 
