@@ -36,7 +36,7 @@ from trilobe.types import Endpoint, Evidence, Example, LabelSpace, Question, Res
 SPACE = LabelSpace(tuple("0123456789"))
 ROUNDS, FIRST, PER_ROUND, PEOPLE = 6, 20, 20, 3
 WINDOW, REPAIR = 200, 60
-TARGET, STRENGTH = "8", 0.25
+TARGET, STRENGTH = "8", 0.15
 CONFIG = f"""\
 [project]
 name = "digits"
@@ -241,12 +241,7 @@ def run(folder: Path, seed: int = 0) -> dict[str, Any]:
                      "median_seconds": float(np.median(stage.seconds))},
         )  # fmt: skip
         path = loop.report(p)
-    told |= {
-        "failed_requests": stage.failed,
-        "requests": stage.requests,
-        "seconds": round(took, 1),
-        "report": str(path),
-    }
+    told["report"] = str(path)
     tell(f"\n{took:.0f} seconds. Open {path} in a browser.")
     return told
 
@@ -434,8 +429,7 @@ def _attack(s: Stage, module: Any, preprocessing: dict[str, Any] | Any) -> Pixel
 
 def _repair(s: Stage, p: Project) -> Any:
     truth = ids_of(new_style(s.digits.changed[0]), s.digits.changed[1])
-    finding = s.told["findings_shift"][0]["id"] if s.told["findings_shift"] else "newest"
-    questions = loop.query(p, n=REPAIR, finding=finding, answers=1)
+    questions = loop.query(p, n=REPAIR, finding="newest", answers=1)
     asked = sorted({name for q in questions for name in q.assignees})
     answerer: Callable[..., Any] = crowd_answerer(truth, typical_crowd(SPACE, ("3", "8")), s.seed)
     given = loop.label(answerer, p).new
@@ -450,7 +444,7 @@ def _repair(s: Stage, p: Project) -> Any:
 def _verdict(told: dict[str, Any]) -> str:
     k, n = told["accuracy_shift_before"], told["accuracy_shift_after"]
     return (
-        f"A model learned from {told['rounds'][-1]['answers']} answers, was checked and served. Its traffic changed; that "
-        f"was caught and explained, and {told['repair_answers']} more answers repaired it: from {k:.0%} to {n:.0%} right "
-        f"on the new style, with {told['failed_requests'] or 'no'} failed requests."
+        f"A model learned from {told['rounds'][-1]['answers']} answers, was checked and served. Its traffic changed; "
+        f"that was caught and explained, and {told['repair_answers']} more answers repaired it: from {k:.0%} to "
+        f"{n:.0%} right on the new style, with {told['failed_requests'] or 'no'} failed requests."
     )

@@ -78,10 +78,8 @@ def query(
         seed = seed_of(p.seed if seed is None else seed, "query", round_)
         each = answers or p.config.query.answers
         if finding:
-            found = p.store.findings()[-1:] if finding == "newest" else [p.store.finding(finding)]
-            if not found:
-                raise NotEnoughData("there are no findings", hint="trilobe monitor")
-            candidates, chosen = _from_finding(p, found[0], n or p.config.query.n, strategy, seed)
+            found = p.finding(finding)
+            candidates, chosen = _from_finding(p, found, n or p.config.query.n, strategy, seed)
             people = tuple(a["name"] for a in annotators(p) if a["name"] != GOLD)[:each]
         else:
             candidates, chosen = _from_pool(p, n, strategy, seed)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trilobe import __version__, config, tasks
 from trilobe.errors import NotEnoughData, NotFoundError
 from trilobe.infrastructure.store import Store
-from trilobe.types import GOLD, Capture, Example, FloatArray, LabelSpace, Model
+from trilobe.types import GOLD, Capture, Example, Finding, FloatArray, LabelSpace, Model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -157,6 +157,14 @@ class Project:
         """The model trained last, if any."""
         models = self.store.models()
         return models[-1] if models else None
+
+    def finding(self, id: str) -> Finding:
+        """The finding of that id; ``newest``: of the window looked at last, the one that most captures caused."""
+        if id != "newest":
+            return self.store.finding(id)
+        if not (found := self.store.findings()):
+            raise NotEnoughData("there are no findings", hint="trilobe monitor")
+        return max(found, key=lambda f: (f.created_at, len(f.capture_ids)))
 
     def truth(self, split: str = "test") -> tuple[list[Example], NDArray[np.intp]]:
         """The examples of a split whose class is known for certain (gold answers), and their class indices."""

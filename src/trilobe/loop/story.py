@@ -169,7 +169,7 @@ def _checks(evidence: Sequence[Evidence]) -> page.Checks | None:
     ]  # fmt: skip
     clean = next((e for e in evidence if e.check == "accuracy"), None)
     bars = [estimate("no attack", clean)] if clean and attacks else []
-    bars += [estimate(f"each pixel by up to {float(e.check.split('@')[1]):.0%}", e) for e in attacks]
+    bars += [estimate(f"pixels ±{float(e.check.split('@')[1]):.0%}", e) for e in attacks]
     return page.Checks(
         tuple(gates), tuple(bars),
         how="The attack is projected gradient descent (Madry et al. 2018): it knows the network and changes each pixel "

@@ -95,10 +95,7 @@ def explain(project: "Project | Path | str" = ".", finding: str = "newest", n: i
         trilobe explain --finding newest -n 8
     """
     with opened(project) as p:
-        found = p.store.findings()
-        if not found:
-            raise NotEnoughData("there are no findings to explain", hint="trilobe monitor")
-        chosen = found[-1] if finding == "newest" else p.store.finding(finding)
+        chosen = p.finding(finding)
         flagged, clean = _pick(p, chosen, n)
         bundle = next((b for b in p.store.bundles() if b.id == chosen.bundle_id), None)
         model = p.store.model(bundle.model_id if bundle else None)

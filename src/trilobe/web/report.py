@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 _DATA_URI = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/]+={0,2}")
+FINDING_HEADINGS = {
+    "class_share": "One class has taken over",
+    "low_confidence": "The model is unsure of what it sees",
+    "class_drift": "The mix of answers has changed",
+}
 MOST_CLASSES = 20  # a larger confusion matrix is not readable as a table
 
 
@@ -309,7 +314,7 @@ def render(data: ReportData) -> str:
         data=data, sections={s.name: (i, s) for i, s in enumerate(SECTIONS, 1)},
         said={s.name: _say(s.name, data) for s in SECTIONS},
         verdict=data.verdict or _verdict(data), key_figures=_key_figures(data), drawn=_draw(data),
-        max_classes=MOST_CLASSES,
+        max_classes=MOST_CLASSES, finding_headings=FINDING_HEADINGS,
     )  # fmt: skip
     return charts.printable(html)
 
@@ -362,6 +367,7 @@ def _environment() -> "Environment":
     env.filters |= {
         "percent": percent, "seconds": seconds, "count": _count, "size": _size, "clock": _clock,
         "p_value": _p_value, "figure": _figure, "plus": _plus,
+        "arrows": lambda text: text.replace("->", "→"),
     }  # fmt: skip
     return env
 
