@@ -8,20 +8,20 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct, field
 
-from trilobe.errors import ConfigError, NotFoundError
+from trilobe.errors import ConfigError, NotFoundError, UsageError
 from trilobe.types import LabelSpace
 
 FILE = "trilobe.toml"
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
-Positive = Annotated[float, Meta(gt=0.0)]
+Positive = Annotated[float, Meta(gt=0.0, le=1e9)]
 Count = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\Z")]
 
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -76,7 +76,7 @@ class TrainSection(Section, frozen=True):
     epochs: Natural = 20
     batch_size: Annotated[int, Meta(ge=2)] = 32
     lr: Positive = 3e-3
-    weight_decay: Annotated[float, Meta(ge=0.0)] = 1e-2
+    weight_decay: Annotated[float, Meta(ge=0.0, le=1e9)] = 1e-2
     bootstrap: Share = 1.0
     width: Count = 16
     folds: Annotated[int, Meta(ge=2)] = 3
@@ -137,14 +137,17 @@ class Config(Section, frozen=True):
 
     @property
     def space(self) -> LabelSpace:
-        """The label space. Raises :class:`~trilobe.errors.ConfigError` when it names fewer than two classes."""
+        """The label space. Raises :class:`~trilobe.errors.ConfigError` for fewer than two classes, or no tree."""
         if len(self.labels.names) < 2:
             raise ConfigError(
                 f"labels.names has {len(self.labels.names)} class(es)",
                 expected="at least two",
                 hint=f'write them into {FILE}: names = ["cat", "dog"]',
             )
-        return LabelSpace(self.labels.names, self.labels.parents)
+        try:
+            return LabelSpace(self.labels.names, self.labels.parents)
+        except UsageError as e:
+            raise ConfigError(f"[labels]: {e.problem}", expected=e.expected, hint=f"edit {FILE}") from e
 
 
 def parse(text: str, where: str = FILE) -> Config:
@@ -167,16 +170,21 @@ def parse(text: str, where: str = FILE) -> Config:
 
 
 def load(folder: Path) -> Config:
-    """The settings of the project in ``folder``."""
+    """The settings of the project in ``folder``.
+
+    Raises :class:`~trilobe.errors.NotFoundError` where there is none, else what :func:`parse` raises.
+    """
     path = folder / FILE
     try:
-        return parse(path.read_text("utf-8"), str(path))
-    except FileNotFoundError:
+        return parse(path.read_text("utf-8-sig"), str(path))  # some editors put a byte order mark first
+    except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError(
             f"no {FILE} in {folder.resolve()}", expected="a Trilobe project", hint="trilobe init --labels cat,dog"
         ) from None
     except UnicodeDecodeError as e:
         raise ConfigError(f"{path} is not UTF-8: {e.reason} at byte {e.start}", expected="a UTF-8 text file") from e
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be read: {e.strerror}", expected="a readable file") from e
 
 
 def as_dict(value: Struct) -> dict[str, Any]:
@@ -206,7 +214,11 @@ def _explained(message: str, raw: dict[str, Any], where: str) -> ConfigError:
     value: Any = raw
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else value
-    expected = re.sub(r"^Expected ", "", what).split(", got")[0]
+    if what.startswith("Invalid enum value"):
+        annotation = get_type_hints(get_type_hints(Config)[keys[0]])[keys[1]]
+        expected = "one of " + ", ".join(map(repr, get_args(annotation)))
+    else:
+        expected = re.sub(r"^Expected ", "", what).split(", got")[0].replace("`object`", "a table")
     return ConfigError(
         f"{where}: {'.'.join(keys)} = {json.dumps(value, default=str)}", expected=expected, hint=f"edit {where}"
     )

@@ -1,7 +1,9 @@
 """Files that are whole or absent, for every room that writes one."""
 
+import contextlib
 import errno
 import os
+import secrets
 from pathlib import Path
 
 from trilobe.errors import DiskFull, StorageError
@@ -12,21 +14,25 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def write_atomically(path: Path, data: bytes) -> None:
     """Write ``path`` so that a reader, or a crash, sees the old file or the new one, never a part.
 
+    Raises :class:`~trilobe.errors.DiskFull`, or :class:`~trilobe.errors.StorageError` saying what was refused.
+
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "file"
     >>> write_atomically(path, b"whole"); path.read_bytes()
     b'whole'
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # two writers must not share one
     try:
-        with temporary.open("wb") as f:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
     except OSError as e:
-        temporary.unlink(missing_ok=True)
         if e.errno in FULL:
             raise DiskFull(f"no space left to write {path}", hint="free some space and run it again") from e
         raise StorageError(f"{path} could not be written: {e.strerror}", expected="a folder one may write to") from e
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -67,7 +67,10 @@ def bootstrap_mean(values: ArrayLike, level: float = 0.95, n_boot: int = 10_000,
     x = np.asarray(values, dtype=float)
     if x.size == 0:
         raise UsageError("an interval for the mean of nothing", expected="at least one value")
-    means = x[np.random.default_rng(seed).integers(0, x.size, (n_boot, x.size))].mean(axis=1)
+    rng = np.random.default_rng(seed)
+    means = [
+        x[rng.integers(0, x.size, x.size)].mean() for _ in range(n_boot)
+    ]  # one at a time: memory of n, not n_boot*n
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

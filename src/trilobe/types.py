@@ -7,7 +7,7 @@ of files, databases, networks or torch. Times are seconds since the epoch (float
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,8 +55,13 @@ class LabelSpace:
         if len(set(self.names)) != len(self.names):
             twice = sorted({n for n in self.names if self.names.count(n) > 1})
             raise UsageError(f"the label space names {twice} twice", expected="each class name once")
+        nodes = {*self.names, *self.parents.values()}
         for node in self.parents:
             self._ancestors(node)
+            if node not in nodes:
+                raise UsageError(
+                    f"the label tree gives {node!r} a parent", expected="a class, or a node that a class lies under"
+                )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -126,6 +131,13 @@ class Response:
     spans: tuple[Span, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(ResponseKind):
+            raise AnswerError(
+                f"an answer of kind {self.kind!r}", expected=f"one of {', '.join(get_args(ResponseKind))}"
+            )
+        if (self.labels and self.kind not in ("class", "one_of", "not")) or (self.spans and "span" not in self.kind):
+            stray = "spans" if self.spans else "labels"
+            raise AnswerError(f"a {self.kind!r} answer with {stray}", expected=f"no {stray} in an answer of this kind")
         if self.kind == "class" and len(self.labels) != 1:
             raise AnswerError(f"a 'class' answer with labels {list(self.labels)}", expected="exactly one label")
         if self.kind in ("one_of", "not") and not self.labels:
@@ -144,7 +156,8 @@ class Response:
         mask = space.mask(self.labels)
         mask = ~mask if self.kind == "not" else mask
         if not mask.any():
-            raise AnswerError(f"'not' {list(self.labels)} leaves no class possible", expected="at least one class left")
+            said = f"{self.kind!r} {list(self.labels)}"
+            raise AnswerError(f"{said} leaves no class possible", expected="at least one class left")
         return mask
 
 

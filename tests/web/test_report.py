@@ -279,7 +279,7 @@ def test_each_part_stands_alone_and_the_others_say_what_to_run(name: str) -> Non
 
 def test_an_empty_project_has_a_report() -> None:
     page = Page(render(ReportData("Nothing yet")))
-    assert "So far: nothing yet. Next: trilobe import." in page.text
+    assert "So far: nothing yet. Next: trilobe add." in page.text
     assert page.text.count("Not yet: run") == len(SECTIONS)
     assert "So far: pool, model. Next: trilobe query." in Page(render(only("pool", "training"))).text
 

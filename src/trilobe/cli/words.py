@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -64,7 +65,11 @@ class Terminal:
     def __call__(self, message: str, done: int = 0, total: int = 0) -> None:
         """Show a remark, or move a bar."""
         if not total:
-            self.console.print(message.encode("utf-8", "replace").decode(), markup=False)
+            text = message.encode("utf-8", "replace").decode()
+            hang = " " * (len(text) - len(text.lstrip(" ")) + 2)
+            for line in text.splitlines() or [""]:
+                wrapped = textwrap.fill(line, max(40, self.console.width), subsequent_indent=hang)
+                self.console.print(wrapped, markup=False, soft_wrap=True)
             return
         if message not in self.bars:
             self.bars[message] = self.progress.add_task(message, total=total)

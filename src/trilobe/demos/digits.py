@@ -27,7 +27,7 @@ from trilobe.infrastructure.capture import read_captures
 from trilobe.infrastructure.client import Client
 from trilobe.infrastructure.monitor import Window, false_alarm_rate
 from trilobe.loop.asking import Answerer, unpack_beliefs
-from trilobe.loop.project import Project, annotators, opened, seed_of, tell
+from trilobe.loop.project import Project, annotators, indented, opened, seed_of, tell
 from trilobe.loop.story import tell_story
 from trilobe.tasks.image_classification.data import Pixels, encode, encode_png
 from trilobe.trust.metrics import accuracy
@@ -196,7 +196,8 @@ class Stage:
         """A step of the story, announced and timed."""
         tell(f"\n{len(self.stages) + 1}. {title}")
         started = time.perf_counter()
-        yield
+        with indented():
+            yield
         self.stages.append((name, time.perf_counter() - started))
 
     def send(self, endpoint: Endpoint, images: Pixels) -> None:
@@ -276,10 +277,10 @@ def _learn_and_promote(s: Stage) -> None:
         shutil.copytree(s.folder, control, ignore=shutil.ignore_patterns("files", "control"))
         config = (control / "trilobe.toml").read_text("utf-8")
         (control / "trilobe.toml").write_text(config.replace('strategy = "margin"', 'strategy = "random"'), "utf-8")
-    with s.step("questions, answers, training", "Questions, answers, beliefs, model: round by round, beside random"):
+    with s.step("learning", "Questions, answers, beliefs, model: round by round, beside random"):
         chosen, control_curve = _two_arms(s, control, truth)
         last, base = chosen[-1], control_curve[-1]
-        tell(f"   {last['answers']} answers: {last['accuracy']:.1%} right; picked at random: {base['accuracy']:.1%}")
+        tell(f"{last['answers']} answers: {last['accuracy']:.1%} right; picked at random: {base['accuracy']:.1%}")
         s.told |= {"rounds": chosen, "rounds_random": control_curve,
                    "accuracy": last["accuracy"], "accuracy_random": base["accuracy"]}  # fmt: skip
         _judge_answers(s, truth)
@@ -287,13 +288,13 @@ def _learn_and_promote(s: Stage) -> None:
         evidence = loop.check(s.folder)
         for e in evidence:
             mark = {True: "passed", False: "FAILED", None: "no gate"}[e.passed]
-            tell(f"   {e.check:<22} {e.figure:8.4g}   {mark}")
+            tell(f"{e.check:<22} {e.figure:8.4g}   {mark}")
         s.told["gates"] = [{"check": e.check, **_interval(e), "threshold": e.threshold, "passed": e.passed}
                            for e in evidence]  # fmt: skip
     with s.step("package and serve", "Package and serve: a sealed bundle behind the name 'digits'"):
         bundle = loop.package(s.folder)
         endpoint = loop.serve(project=s.folder, background=True)
-        tell(f"   bundle {bundle.id} at {endpoint.url}/v2/models/digits")
+        tell(f"bundle {bundle.id} at {endpoint.url}/v2/models/digits")
 
 
 def _two_arms(s: Stage, control: Path, truth: dict[str, int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -318,7 +319,7 @@ def _follow(folder: Path, seen: int) -> int:
     with opened(folder) as p:
         curve = list(p.store.journal("curve/").values())
     for point in curve[seen:]:
-        tell(f"   round {point['round']}: {point['answers']} answers, {point['accuracy']:.1%} right")
+        tell(f"round {point['round']}: {point['answers']} answers, {point['accuracy']:.1%} right")
     tell("rounds", len(curve), ROUNDS)
     return len(curve)
 
@@ -339,7 +340,7 @@ def _judge_answers(s: Stage, truth: dict[str, int]) -> None:
         wrong = {"majority": round(len(right) - float(right.sum())), "weighed": weighed, "judged": len(beliefs)}
         tell_story(p, true_quality=true, wrong=wrong)
     for a in people:
-        tell(f"   {a['name']:<5} estimated {a['estimated']:.2f}, true {a['true']:.2f}")
+        tell(f"{a['name']:<5} estimated {a['estimated']:.2f}, true {a['true']:.2f}")
     tell(
         f"   wrong labels: {wrong['weighed']} weighed by that, {wrong['majority']} by majority vote, of {len(beliefs)}"
     )
@@ -365,7 +366,7 @@ def _go_wrong_and_repair(s: Stage) -> None:
             s.send(endpoint, new_style(s.digits.changed[0]))
             s.told["findings_shift"] = _watch(p)
             loop.explain(p)
-            tell(f"   accuracy on the new style: {new.figure:.1%} (on the old one {old.figure:.1%})")
+            tell(f"accuracy on the new style: {new.figure:.1%} (on the old one {old.figure:.1%})")
         with s.step("repair", f"Repair: the flagged captures become {REPAIR} questions, while a client keeps calling"):
             caller = Caller(endpoint, s.digits.usual[0])
             caller.start()
@@ -377,8 +378,8 @@ def _go_wrong_and_repair(s: Stage) -> None:
         new_after = accuracy(
             p.predict(repaired, encode(new_style(s.digits.test[0]), first.preprocessing)), s.digits.test[1]
         )
-        tell(f"   new style {new.figure:.1%} -> {new_after.figure:.1%}")
-        tell(f"   old style {old.figure:.1%} -> {old_after.figure:.1%}")
+        tell(f"new style {new.figure:.1%} -> {new_after.figure:.1%}")
+        tell(f"old style {old.figure:.1%} -> {old_after.figure:.1%}")
         tell(
             f"   {caller.requests} requests meanwhile, {caller.failed} failed; {len(caller.versions)} bundles answered"
         )
@@ -400,7 +401,8 @@ def _interval(e: Evidence) -> dict[str, float]:
 
 def _watch(p: Project) -> list[dict[str, Any]]:
     window: Window = loop.monitor(p)
-    tell(f"   {window.verdict}: {window.message}")
+    for message in [f.message for f in window.findings] or [window.message]:
+        tell(f"{'found' if window.findings else window.verdict}: {message}")
     return [{"id": f.id, "kind": f.kind, "message": f.message, "figure": f.figure, "low": f.low, "high": f.high,
              "p_value": f.p_value, "n": f.n} for f in window.findings]  # fmt: skip
 
@@ -411,7 +413,7 @@ def _count_false_alarms(s: Stage, p: Project) -> None:
     unseen = np.concatenate([s.digits.test[0], s.digits.usual[0], s.digits.changed[0]])
     proba = p.predict(model, encode(unseen, model.preprocessing))
     rate, low, high = false_alarm_rate(proba, n_windows=300, window=WINDOW, alpha=p.config.monitor.alpha, seed=s.seed)
-    tell(f"   false alarms in 300 clean windows: {rate:.1%} [{low:.1%}, {high:.1%}], set: {p.config.monitor.alpha:.0%}")
+    tell(f"false alarms in 300 clean windows: {rate:.1%} [{low:.1%}, {high:.1%}], set: {p.config.monitor.alpha:.0%}")
     alarms = {"figure": rate, "low": low, "high": high, "n": 300}
     s.told["false_alarm_rate"] = alarms
     tell_story(p, clean={"captures": WINDOW, "findings": len(s.told["findings_clean"]), "false_alarms": alarms})
@@ -433,7 +435,7 @@ def _repair(s: Stage, p: Project) -> Any:
     asked = sorted({name for q in questions for name in q.assignees})
     answerer: Callable[..., Any] = crowd_answerer(truth, typical_crowd(SPACE, ("3", "8")), s.seed)
     given = loop.label(answerer, p).new
-    tell(f"   {given} answers by {', '.join(asked)}, whose answers have proved best")
+    tell(f"{given} answers by {', '.join(asked)}, whose answers have proved best")
     model = loop.train(p)
     loop.check(p, model.id)
     loop.package(p, model.id)

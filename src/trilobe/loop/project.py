@@ -51,6 +51,19 @@ def tell(message: str, done: int = 0, total: int = 0) -> None:
         listener(message, done, total)
 
 
+@contextlib.contextmanager
+def indented() -> Iterator[None]:
+    """Remarks made inside stand under the one before."""
+    outer = _listener.get()
+
+    def inner(message: str, done: int = 0, total: int = 0) -> None:
+        if outer:
+            outer(message if total else f"   {message}", done, total)
+
+    with listening(inner):
+        yield
+
+
 def digest(*parts: Any) -> str:
     """SHA-256 of plain values, for ids that depend on nothing but what they name.
 

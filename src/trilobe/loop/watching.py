@@ -100,7 +100,7 @@ def explain(project: "Project | Path | str" = ".", finding: str = "newest", n: i
         bundle = next((b for b in p.store.bundles() if b.id == chosen.bundle_id), None)
         model = p.store.model(bundle.model_id if bundle else None)
         module = p.module(model)
-        folder = p.state / "explanations" / chosen.id
+        folder = p.state / "explanations" / chosen.id[:12]
         explained = []
         for captures, is_flagged in ((flagged, True), (clean, False)):
             if not captures:
@@ -115,7 +115,7 @@ def explain(project: "Project | Path | str" = ".", finding: str = "newest", n: i
                 explained.append(Explained(c.id, is_flagged, label, c.confidence, shown, why, residual))
         kept = [{**asdict(e), "image": str(e.image), "overlay": str(e.overlay)} for e in explained]
         p.store.record(f"explain/{chosen.id}", kept)
-        tell(f"{len(explained)} pictures in {folder}")
+        tell(f"heat maps of {len(explained)} captures are in {folder}")
         return explained
 
 
