@@ -213,7 +213,7 @@ def _explained(message: str, raw: dict[str, Any], where: str) -> ConfigError:
         return ConfigError(f"{where}: {key} is missing", expected=f"a value for {key}", hint=f"edit {where}")
     value: Any = raw
     for key in keys:
-        value = value.get(key) if isinstance(value, dict) else value
+        value = value[int(key)] if isinstance(value, list) else value.get(key)
     if what.startswith("Invalid enum value"):
         annotation = get_type_hints(get_type_hints(Config)[keys[0]])[keys[1]]
         expected = "one of " + ", ".join(map(repr, get_args(annotation)))

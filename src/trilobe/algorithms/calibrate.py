@@ -2,9 +2,9 @@
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 
 from trilobe.errors import UsageError
-from trilobe.statistics import softmax
 from trilobe.types import FloatArray
 
 
@@ -15,19 +15,24 @@ def fit_temperature(logits: FloatArray, proba: FloatArray, low: float = 0.05, hi
     the targets may be soft. Never changes which class is first.
 
     Args:
-        logits: ``(n, n_classes)`` of examples the network did not train on.
-        proba: ``(n, n_classes)`` what is believed of them (one-hot for certain labels).
-        low, high: bounds of T.
+        logits: ``(..., n_classes)`` of examples the network did not train on.
+        proba: the same shape, what is believed of them (one-hot for certain labels).
+        low, high: bounds of T; where every example is right, T is ``low``.
+
+    Raises:
+        UsageError: different shapes, nothing at all, NaN or infinity.
 
     >>> round(fit_temperature(np.array([[2.0, 0.0]] * 4), np.array([[0.75, 0.25]] * 4)), 2)
     1.82
     """
     if logits.shape != proba.shape or not len(logits):
         raise UsageError(f"logits {logits.shape} and beliefs {proba.shape}", expected="the same shape, not empty")
+    if not (np.isfinite(logits).all() and np.isfinite(proba).all()):
+        raise UsageError("logits or beliefs with NaN or infinity", expected="finite numbers")
+    z = np.asarray(logits, dtype=np.float64)
 
-    def loss(log_inverse: float) -> float:
-        p = softmax(logits, float(np.exp(-log_inverse)))
-        return float(-(proba * np.log(np.maximum(p, 1e-300))).sum(axis=1).mean())
+    def loss(log_t: float) -> float:
+        return float(-(proba * log_softmax(z / np.exp(log_t), axis=-1)).sum(axis=-1).mean())
 
-    best = minimize_scalar(loss, bounds=(-np.log(high), -np.log(low)), method="bounded", options={"xatol": 1e-6})
-    return float(np.exp(-best.x))
+    best = minimize_scalar(loss, bounds=(np.log(low), np.log(high)), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(best.x))

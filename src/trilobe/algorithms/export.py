@@ -17,27 +17,35 @@ def to_onnx(module: nn.Module, X: FloatArray, input_name: str = "x", output_name
 
     Args:
         module: maps ``(n, ...)`` float32 to logits.
-        X: an example input ``(n, ...)``; only its shape matters.
+        X: an example input ``(n, ...)``; only its shape after the first axis matters.
         input_name, output_name: names in the graph.
+
+    Raises:
+        TrainingError: a network that cannot be traced, for instance because its path depends on the data.
 
     >>> import numpy as np
     >>> graph = to_onnx(nn.Linear(2, 3), np.zeros((1, 2), dtype=np.float32))
     >>> len(graph) > 100
     True
     """
-    sample = torch.from_numpy(X[:1]).repeat(2, *[1] * (X.ndim - 1))
-    with _quiet():
-        program = torch.onnx.export(
-            module.eval(),
-            (sample,),
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
-            input_names=[input_name],
-            output_names=[output_name],
-            verbose=False,
-        )
+    sample = torch.zeros(2, *X.shape[1:])
+    expected = "a network torch.export can trace"
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module.eval(),
+                (sample,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
+                input_names=[input_name],
+                output_names=[output_name],
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as e:
+        why = str(e.__cause__ or e).strip().split("\n")[0]
+        raise TrainingError(f"the network could not be exported to ONNX: {why}", expected=expected) from e
     if program is None:
-        raise TrainingError("the network could not be exported to ONNX", expected="a network torch.export can trace")
+        raise TrainingError("the network could not be exported to ONNX", expected=expected)
     return bytes(program.model_proto.SerializeToString())
 
 

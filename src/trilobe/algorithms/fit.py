@@ -5,10 +5,10 @@ sequences. The module is given from outside; what it looks like is the task's bu
 """
 
 import hashlib
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +32,11 @@ def belief_loss(logits: Tensor, likelihood: Tensor, bootstrap: float = 1.0, mask
         q(k)  ∝  l(k) p(k)^bootstrap ,   bootstrap = 1                                                        (1)
 
     is the belief with the model itself as the prior: training by this loss is the M-step of the engine in
-    :mod:`trilobe.data.beliefs`. The loss returned is the cross-entropy from q, held fixed, to p, which has this
-    gradient. Special cases: a certain label gives the usual cross-entropy; a set S gives -log sum_{k in S} p(k) (Hu
-    et al. 2019, equation 4); ``bootstrap`` = 0 leaves the model out and gives plain soft targets; values between
-    trust the model's own opinion partly.
+    :mod:`trilobe.data.beliefs`. The loss returned is the cross-entropy from q, held fixed, to p: it has this gradient,
+    and is larger than the negative logarithm by what q leaves open (the entropy of q, for a set). Special cases: a
+    certain label gives the usual cross-entropy; a set S the gradient of -log sum_{k in S} p(k) (Hu et al. 2019);
+    ``bootstrap`` = 0 leaves the model out and gives plain soft targets; values between trust the model's own opinion
+    partly.
 
     Args:
         logits: ``(..., n_classes)``.
@@ -44,20 +45,27 @@ def belief_loss(logits: Tensor, likelihood: Tensor, bootstrap: float = 1.0, mask
         mask: ``(...)`` booleans, False for rows that do not count (padding).
 
     Returns:
-        The mean over rows, a scalar.
+        The mean over rows that count (0 where none does), a scalar.
+
+    Raises:
+        TrainingError: shapes that differ.
 
     >>> certain = torch.tensor([[0.0, 1.0]])
     >>> round(float(belief_loss(torch.tensor([[0.0, 0.0]]), certain)), 4)
     0.6931
     """
+    if logits.shape != likelihood.shape:
+        raise TrainingError(
+            f"logits of shape {tuple(logits.shape)} for beliefs of shape {tuple(likelihood.shape)}",
+            expected="one logit per class",
+        )
+    if mask is not None:
+        logits, likelihood = logits[mask], likelihood[mask]
     log_p = torch.log_softmax(logits, dim=-1)
-    with torch.no_grad():
-        q = likelihood * torch.exp(bootstrap * (log_p - log_p.amax(dim=-1, keepdim=True)))
-        total = q.sum(dim=-1, keepdim=True)
-        # A model that excludes, in floating point, what the answers leave possible: fall back on the answers alone.
-        q = torch.where(total > 0, q / total.clamp_min(1e-30), likelihood / likelihood.sum(dim=-1, keepdim=True))
+    with torch.no_grad():  # in logarithms: a model may all but exclude what the answers leave possible
+        q = torch.softmax(likelihood.log() + bootstrap * log_p, dim=-1)
     rows = -(q * log_p).sum(dim=-1)
-    return rows.mean() if mask is None else (rows * mask).sum() / mask.sum().clamp_min(1)
+    return rows.sum() / max(rows.numel(), 1)
 
 
 @dataclass(frozen=True)
@@ -88,11 +96,13 @@ def fit(
     augment: Augment | None = None,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
+    every: float = 3.0,
 ) -> list[float]:
     """Train ``module`` in place on ``X`` ``(n, ...)`` float32 and ``likelihood`` ``(n, ..., n_classes)``.
 
     The same arguments give the same weights, also when the process was killed in between: with ``checkpoint`` the
-    whole state (weights, moments, random numbers, step) is written every few seconds and found again.
+    whole state (weights, moments, random numbers, step) is written every few seconds and found again. A file that
+    belongs to another run, or is damaged, is ignored.
 
     Args:
         module: maps ``X`` to logits; left in eval mode.
@@ -100,13 +110,15 @@ def fit(
         plan: the numbers.
         augment: changes a batch at random, given a generator.
         checkpoint: a file to resume from and to write; removed at the end.
-        progress: called with (step, total steps, loss).
+        progress: called with (step, total steps, loss) every ten steps and at the end.
+        every: seconds between checkpoints.
 
     Returns:
         The training loss per step (of this call's steps).
 
     Raises:
-        TrainingError: NaN in the input, the loss or the weights, or a module that does not fit its input.
+        TrainingError: NaN in the input, the loss or the weights, a module that does not fit its input or the classes.
+        UsageError: nothing to train on, or not as many examples as beliefs.
 
     >>> net = nn.Linear(2, 2)
     >>> losses = fit(net, np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32), Plan(steps=50, lr=0.1))
@@ -117,7 +129,8 @@ def fit(
     total = plan.total_steps(len(x))
     optimizer = torch.optim.AdamW(module.parameters(), lr=plan.lr, weight_decay=plan.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.lr, total_steps=total)
-    state = _Resumable(module, optimizer, plan, x, target, checkpoint)
+    run = repr((plan, str(module), getattr(augment, "__qualname__", None), x.shape, target.shape))
+    state = _Resumable(module, optimizer, plan.seed, (x, target), run, checkpoint)
     generator, order, losses = state.generator, state.order, []
     module.train()
     with torch.random.fork_rng(devices=[]):
@@ -128,7 +141,7 @@ def fit(
             if at == 0:
                 order.copy_(torch.randperm(len(x), generator=generator))
             batch = order[at * plan.batch_size : (at + 1) * plan.batch_size]
-            if len(batch) == 1 and len(x) > 1:
+            if len(batch) == 1:
                 batch = torch.cat([batch, order[:1]])  # batch normalization needs two
             xb = x[batch]
             loss = belief_loss(
@@ -145,7 +158,7 @@ def fit(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-            state.save(step + 1)
+            state.save(step + 1, every)
             if progress and (step % 10 == 9 or step + 1 == total):
                 progress(step + 1, total, losses[-1])
     module.eval()
@@ -163,7 +176,7 @@ def predict_logits(module: nn.Module, X: FloatArray, batch_size: int = 1024) -> 
     """
     module.eval()
     with torch.no_grad():
-        parts = [_logits(module, torch.from_numpy(X[i : i + batch_size])) for i in range(0, max(len(X), 1), batch_size)]
+        parts = [_logits(module, _tensor(X[i : i + batch_size])) for i in range(0, max(len(X), 1), batch_size)]
     return np.asarray(torch.cat(parts).numpy())
 
 
@@ -220,18 +233,22 @@ def _checked(X: FloatArray, likelihood: FloatArray) -> tuple[Tensor, Tensor]:
             raise TrainingError(f"NaN or infinity in {name}", expected="finite numbers")
     if (likelihood < 0).any() or (likelihood.sum(axis=-1) <= 0).any():
         raise TrainingError("a belief that is negative, or zero for every class", expected="a class left possible")
-    return torch.from_numpy(np.ascontiguousarray(X, np.float32)), torch.from_numpy(likelihood.astype(np.float32))
+    return _tensor(X), _tensor(likelihood / likelihood.max(axis=-1, keepdims=True))  # only ratios count
+
+
+def _tensor(array: FloatArray) -> Tensor:
+    return torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
 
 
 def _logits(module: nn.Module, x: Tensor) -> Tensor:
     try:
-        out: Any = module(x)
-    except RuntimeError as e:
+        out: Tensor = module(x)
+    except (RuntimeError, ValueError) as e:
         raise TrainingError(
             f"the network does not take an input of shape {tuple(x.shape[1:])}: {e}",
             expected="a network made for this preprocessing",
         ) from e
-    return out if isinstance(out, Tensor) else torch.as_tensor(out)
+    return out
 
 
 class _Resumable:
@@ -241,35 +258,38 @@ class _Resumable:
         self,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        plan: Plan,
-        x: Tensor,
-        target: Tensor,
+        seed: int,
+        data: tuple[Tensor, Tensor],
+        run: str,
         path: Path | None,
     ) -> None:
         self.module, self.optimizer, self.path = module, optimizer, path
-        self.generator = torch.Generator().manual_seed(plan.seed)
-        self.order = torch.arange(len(x))
-        self.saved_at = _now()
-        digest = hashlib.sha256(repr(asdict(plan)).encode())
-        for tensor in (x, target, *module.state_dict().values()) if path else ():
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = torch.arange(len(data[0]))
+        self.saved_at = time.monotonic()
+        digest = hashlib.sha256(run.encode())
+        for tensor in (*data, *module.state_dict().values()) if path else ():
             digest.update(tensor.numpy().tobytes())
         self.key = digest.hexdigest()
 
-    def save(self, step: int, every: float = 3.0) -> None:
-        if self.path is None or _now() - self.saved_at < every:
+    def save(self, step: int, every: float) -> None:
+        if self.path is None or time.monotonic() - self.saved_at < every:
             return
         tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
         tensors |= {"order": self.order, "generator": self.generator.get_state(), "rng": torch.get_rng_state()}
         write_atomically(self.path, to_safetensors(tensors, {"key": self.key, "step": str(step)}))
-        self.saved_at = _now()
+        self.saved_at = time.monotonic()
 
     def restore(self, schedule: torch.optim.lr_scheduler.LRScheduler) -> int:
-        """Load the file if it belongs to this very run; the step to go on from."""
+        """Load the file if it is whole and belongs to this very run; the step to go on from."""
         if self.path is None or not self.path.exists():
             return 0
-        tensors, meta = from_safetensors(self.path.read_bytes())
+        try:
+            tensors, meta = from_safetensors(self.path.read_bytes())
+        except TrainingError:
+            return 0
         if meta.get("key") != self.key:
             return 0
         step = int(meta["step"])
@@ -288,9 +308,3 @@ class _Resumable:
         self.generator.set_state(tensors["generator"])
         torch.set_rng_state(tensors["rng"])
         return step
-
-
-def _now() -> float:
-    import time
-
-    return time.monotonic()

@@ -1,6 +1,8 @@
 """Weights as bytes: safetensors in and out, never pickle."""
 
+import json
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -8,7 +10,7 @@ from trilobe.errors import TrainingError
 
 
 def to_safetensors(tensors: Mapping[str, Tensor], meta: Mapping[str, str] | None = None) -> bytes:
-    """Tensors by name as one safetensors file; the same tensors give the same bytes.
+    """Tensors by name as one safetensors file; the same tensors and metadata give the same bytes.
 
     >>> import torch
     >>> from_safetensors(to_safetensors({"w": torch.ones(2)}, {"made": "here"}))
@@ -16,13 +18,15 @@ def to_safetensors(tensors: Mapping[str, Tensor], meta: Mapping[str, str] | None
     """
     from safetensors.torch import save
 
-    return save({name: t.detach().cpu().contiguous().clone() for name, t in sorted(tensors.items())}, dict(meta or {}))
+    data = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, dict(meta or {}))
+    header, at = _header(data)
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()  # the library orders metadata at random
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[at:]
 
 
 def from_safetensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors by name and the metadata. Raises :class:`~trilobe.errors.TrainingError` for damaged bytes."""
-    import json
-
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -30,8 +34,13 @@ def from_safetensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = load(data)
     except SafetensorError as e:
         raise TrainingError(f"these weights cannot be read: {e}", expected="a whole safetensors file") from e
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return tensors, header.get("__metadata__", {})
+    return tensors, _header(data)[0].get("__metadata__", {})
+
+
+def _header(data: bytes) -> tuple[dict[str, Any], int]:
+    """The JSON that opens a safetensors file, and where the tensors begin."""
+    at = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:at]), at
 
 
 def load_into(module: nn.Module, data: bytes) -> nn.Module:

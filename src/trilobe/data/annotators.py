@@ -33,8 +33,9 @@ class SimulatedAnnotator:
     seconds: float = 3.0
 
     def __post_init__(self) -> None:
-        if not np.allclose(self.confusion.sum(axis=1), 1) or (self.confusion < 0).any():
-            raise UsageError(f"the confusion matrix of {self.name}", expected="rows of probabilities that sum to 1")
+        square = self.confusion.ndim == 2 and len(set(self.confusion.shape)) == 1
+        if not square or not np.allclose(self.confusion.sum(axis=1), 1) or (self.confusion < 0).any():
+            raise UsageError(f"the confusion matrix of {self.name}", expected="a square of rows that sum to 1")
 
     @property
     def quality(self) -> float:
@@ -63,8 +64,10 @@ def typical_crowd(space: LabelSpace, confused: Sequence[str] | None = None) -> l
     >>> [a.name for a in typical_crowd(LabelSpace(("a", "b", "c")))]
     ['ada', 'ben', 'cleo', 'dan', 'eva']
     """
-    k = len(space)
-    i, j = (space.index(name) for name in (confused or space.names[:2]))
+    k, two = len(space), tuple(confused or space.names[:2])
+    if len(set(two)) != 2:
+        raise UsageError(f"{list(two)} as the classes that are confused", expected="two classes")
+    i, j = map(space.index, two)
 
     def noisy(accuracy: float) -> FloatArray:
         one = np.full((k, k), (1 - accuracy) / (k - 1))

@@ -22,7 +22,7 @@ answers (ALPF, 2019)                                                   intersect
 gold                   any                                             identity for the annotator named ``gold``
 =====================  ==============================================  =========================================
 
-A row of the table is a *unit*: an example, or one token of it. Nothing dense of size examples x annotators is made:
+What one belief is about is a *unit*: an example, or one token of it. Nothing dense of size examples x annotators is made:
 answers meet parameters through a sparse matrix of units x (annotator, set) pairs that really occur. Sources: Dawid and
 Skene (1979), equations 2.3 to 2.5; Khetan, Lipton and Anandkumar (2018) for the model as prior; Hu et al. (2019) for
 partial feedback. What the answers are asked about is chosen in :mod:`trilobe.data.query`, not here.
@@ -106,7 +106,12 @@ class AnswerTable:
         rows: list[tuple[int, int, int, int]] = []  # example, position, annotator, set
         sequence = False
         for answer in answers:
-            masks = read(answer)
+            masks = np.asarray(read(answer), dtype=bool)
+            if masks.shape[-1] != len(space):
+                raise AnswerError(
+                    f"an answer on example {answer.example_id[:12]} about {masks.shape[-1]} classes",
+                    expected=f"{len(space)}, as in the label space",
+                )
             sequence = sequence or masks.ndim == 2
             masks = np.atleast_2d(masks)
             at = examples.setdefault(answer.example_id, len(examples))
@@ -121,7 +126,7 @@ class AnswerTable:
             rows += [(at, i, who, sets.setdefault(m.tobytes(), len(sets))) for i, m in enumerate(masks)]
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.intp)
         example, position, annotator, response = np.array(rows, dtype=np.intp).reshape(-1, 4).T
-        masks_seen = np.array([np.frombuffer(b, dtype=bool) for b in sets]).reshape(-1, len(space))
+        masks_seen = np.frombuffer(b"".join(sets), dtype=bool).reshape(-1, len(space))
         return cls(
             starts[example] + position,
             annotator,
@@ -139,17 +144,24 @@ class AnswerTable:
     ) -> "AnswerTable":
         """Build the table from three columns ``(n,)``: whose answer on what was which class (index from 0).
 
-        Any hashable task and worker names do; this is the vectorized door for millions of plain answers.
+        Task and worker names are strings or numbers; this is the vectorized door for millions of plain answers.
+
+        Raises:
+            AnswerError: columns of different lengths, or labels that are not indices of classes.
 
         >>> AnswerTable.from_labels(["x", "x", "y"], ["ann", "bob", "ann"], [0, 1, 1]).annotators
         ('ann', 'bob')
         """
         tasks, unit = np.unique(np.asarray(task), return_inverse=True)
         people, annotator = np.unique(np.asarray(worker), return_inverse=True)
-        classes = np.asarray(label, dtype=np.intp)
-        if classes.size and classes.min() < 0:
-            raise AnswerError(f"class index {classes.min()}", expected="indices from 0")
+        classes = np.asarray(label)
+        if not unit.shape == annotator.shape == classes.shape or classes.ndim != 1:
+            shapes = f"{unit.shape}, {annotator.shape} and {classes.shape}"
+            raise AnswerError(f"columns of shapes {shapes}", expected="three of one length")
         k = int(n_classes or classes.max(initial=-1) + 1)
+        if classes.size and (classes.dtype.kind not in "iu" or classes.min() < 0 or classes.max() >= k):
+            raise AnswerError(f"labels from {classes.min()} to {classes.max()}", expected=f"indices from 0 to {k - 1}")
+        classes = classes.astype(np.intp)
         starts = np.arange(len(tasks) + 1)
         return cls(
             unit, annotator, classes, np.eye(k, dtype=bool), tuple(map(str, tasks)), starts, tuple(map(str, people))
@@ -163,9 +175,14 @@ class AnswerTable:
         return said, found // len(self.sets), found % len(self.sets)
 
     def beliefs(self, log_likelihood: FloatArray, prior: FloatArray) -> list[Belief]:
-        """One :class:`~trilobe.types.Belief` per example; ``prior`` broadcasts to ``(n_units, n_classes)``."""
+        """One :class:`~trilobe.types.Belief` per example; ``prior`` broadcasts to ``(n_units, n_classes)``.
+
+        Likelihoods are scaled to a largest entry of 1. Zero is kept for what certain answers rule out: what is only
+        hopeless stays above it, however many answers agree.
+        """
         top = log_likelihood.max(axis=1, keepdims=True)
         likelihood = np.exp(log_likelihood - np.where(np.isfinite(top), top, 0.0))
+        likelihood = np.where(np.isfinite(log_likelihood), np.maximum(likelihood, np.finfo(float).tiny), likelihood)
         priors = np.broadcast_to(prior, likelihood.shape)
         counts = np.bincount(self.unit, minlength=self.n_units)
         made = []
@@ -191,13 +208,13 @@ def log_likelihood(table: AnswerTable, confusion: FloatArray) -> FloatArray:
     [[0.1, 0.8]]
     """
     said, who, which = table.pairs()
-    return np.asarray(said @ np.log(_said_given_truth(table, confusion, who, which)))
+    with np.errstate(divide="ignore"):
+        return np.asarray(said @ np.log(_said_given_truth(table, confusion, who, which)))
 
 
 def _said_given_truth(table: AnswerTable, confusion: FloatArray, who: IntArray, which: IntArray) -> FloatArray:
-    """Equation (1) for each pair that occurs: ``(n_pairs, n_classes)``, floored at 0 exactly (log gives -inf)."""
-    with np.errstate(divide="ignore"):
-        return np.asarray(np.einsum("pkl,pl->pk", confusion[who], table.sets[which]))
+    """Equation (1) for each pair that occurs: ``(n_pairs, n_classes)``."""
+    return np.asarray(np.einsum("pkl,pl->pk", confusion[who], table.sets[which]))
 
 
 def posterior(table: AnswerTable, prior: FloatArray, confusion: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -212,7 +229,7 @@ def posterior(table: AnswerTable, prior: FloatArray, confusion: FloatArray) -> t
         ``proba`` ``(n_units, n_classes)`` and ``log P(answers)`` ``(n_units,)``.
 
     Raises:
-        AnswerError: certain answers contradict each other on a unit, so that no class is left.
+        AnswerError: certain answers contradict each other (or a prior of 0) on a unit, so that no class is left.
 
     >>> table = AnswerTable.from_labels(["x", "x"], ["ann", "bob"], [1, 1], n_classes=2)
     >>> posterior(table, np.array([0.5, 0.5]), symmetric_confusion(2, 2, 0.8))[0].round(3).tolist()
@@ -252,15 +269,21 @@ def majority_vote(table: AnswerTable, accuracy: float = 0.8) -> FloatArray:
     """Everybody equally good and the classes equally frequent: the engine with nothing to estimate.
 
     For plain answers the most probable class is the most voted one and ties stay ties; ``accuracy`` (above
-    1/n_classes) only sets how fast votes add up to certainty. Answers of ``gold`` are certain.
+    1/n_classes, at most 1) only sets how fast votes add up to certainty. Answers of ``gold`` are certain.
 
     Returns:
         ``(n_units, n_classes)``.
+
+    Raises:
+        UsageError: an accuracy outside of that, by which a vote for a class would speak against it.
+        AnswerError: answers of ``gold`` (or of anybody, where ``accuracy`` is 1) that contradict each other.
 
     >>> table = AnswerTable.from_labels(["x"] * 3, ["ann", "bob", "cat"], [1, 1, 0])
     >>> majority_vote(table).argmax(axis=1).tolist()
     [1]
     """
+    if not 1 / max(table.n_classes, 2) < accuracy <= 1:
+        raise UsageError(f"an accuracy of {accuracy}", expected=f"above 1/{table.n_classes} (guessing), at most 1")
     confusion = symmetric_confusion(len(table.annotators), table.n_classes, accuracy)
     _fix_known(confusion, _known_matrices(table, {}))
     return posterior(table, np.full(table.n_classes, 1 / table.n_classes), confusion)[0]
@@ -284,7 +307,7 @@ class DawidSkene:
 
     Attributes (learned):
         confusion_: ``(n_annotators, n_classes, n_classes)``.
-        prior_: ``(n_classes,)``, or the given ``(n_units, n_classes)``.
+        prior_: ``(n_classes,)``, or the given ``(n_units, n_classes)``, kept off 0 and 1.
         proba_: ``(n_units, n_classes)`` the beliefs.
         objective_: the penalized log-likelihood after each round.
 
@@ -318,8 +341,12 @@ class DawidSkene:
 
         Raises:
             NotEnoughData: no answers.
-            UsageError: a prior of the wrong shape, with NaN or zeros everywhere in a row.
+            UsageError: a prior of the wrong shape, with NaN or zeros everywhere in a row; known matrices or settings
+                that make no sense.
+            AnswerError: certain answers (of ``gold``, or by a known matrix) contradict each other.
         """
+        if self.tie not in ("annotator", "one_coin") or not 0 < self.smoothing < np.inf:
+            raise UsageError(repr(self), expected="tie 'annotator' or 'one_coin', smoothing above 0")
         if not table.unit.size:
             raise NotEnoughData("there are no answers to aggregate", hint="trilobe query, then trilobe label")
         k, said = table.n_classes, table.pairs()
@@ -330,12 +357,12 @@ class DawidSkene:
         _fix_known(confusion, fixed)
         share = np.full(k, 1 / k)
         self.objective_ = []
-        for _ in range(self.max_iter):
+        while True:
             proba, evidence = posterior(table, share if given is None else given, confusion)
             penalty = float((pseudo * np.log(np.delete(confusion, list(fixed), axis=0))).sum())
             penalty += 0.0 if given is not None else float(np.log(share).sum())
             self.objective_.append(float(evidence.sum()) + penalty)
-            if self._converged(table.unit.size):
+            if self._done(table.unit.size):
                 break
             confusion = self._maximize(self._perceived(table, said, proba, confusion) + pseudo)
             _fix_known(confusion, fixed)
@@ -344,8 +371,9 @@ class DawidSkene:
         self.prior_ = share if given is None else given
         return self
 
-    def _converged(self, n: int) -> bool:
-        return len(self.objective_) > 1 and self.objective_[-1] - self.objective_[-2] < self.tol * n
+    def _done(self, n: int) -> bool:
+        rounds = len(self.objective_)
+        return rounds >= self.max_iter or (rounds > 1 and self.objective_[-1] - self.objective_[-2] < self.tol * n)
 
     @staticmethod
     def _perceived(table: AnswerTable, said: Pairs, proba: FloatArray, confusion: FloatArray) -> FloatArray:
@@ -379,12 +407,16 @@ def _checked_prior(prior: FloatArray, table: AnswerTable) -> FloatArray:
         raise UsageError(f"a prior of shape {prior.shape}", expected=f"(n_units, n_classes) = {want}")
     if not np.isfinite(prior).all() or (prior < 0).any() or (prior.sum(axis=1) <= 0).any():
         raise UsageError("a prior with NaN, negative or all-zero rows", expected="probabilities")
-    floor = 1e-4 / table.n_classes  # no model is so sure that three people cannot change its mind
+    floor = 1e-4 / table.n_classes  # no model is so sure that people cannot change its mind
     return np.asarray((prior / prior.sum(axis=1, keepdims=True)) * (1 - 1e-4) + floor)
 
 
 def _known_matrices(table: AnswerTable, known: Mapping[str, FloatArray]) -> dict[int, FloatArray]:
-    matrices = {GOLD: np.eye(table.n_classes), **known}
+    k = table.n_classes
+    for name, matrix in known.items():
+        if matrix.shape != (k, k) or not np.allclose(matrix.sum(axis=1), 1) or (matrix < 0).any():
+            raise UsageError(f"the known confusion matrix of {name}", expected=f"({k}, {k}), rows that sum to 1")
+    matrices = {**known, GOLD: np.eye(k)}
     return {j: matrices[name] for j, name in enumerate(table.annotators) if name in matrices}
 
 

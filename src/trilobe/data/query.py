@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import entr
 
-from trilobe.errors import UsageError
+from trilobe.errors import NotEnoughData, UsageError
 from trilobe.types import FloatArray
 
 Score = Callable[[FloatArray], FloatArray]
@@ -86,7 +86,8 @@ def select(
         seed: for ties, clusters and random choice.
 
     Raises:
-        UsageError: an unknown strategy, or n below 1.
+        UsageError: an unknown strategy, n below 1, scores or features that do not fit the pool or are not finite.
+        NotEnoughData: an empty pool.
 
     >>> chosen = select("margin", 1, np.array([[0.9, 0.1], [0.6, 0.4]]))
     >>> chosen.index.tolist(), chosen.strategy
@@ -94,23 +95,30 @@ def select(
     """
     if n < 1:
         raise UsageError(f"{n} questions", expected="at least 1")
+    if isinstance(strategy, str) and strategy not in STRATEGIES:
+        raise UsageError(f"unknown strategy {strategy!r}", expected=f"one of {', '.join(STRATEGIES)}")
     size = len(proba) if proba is not None else len(features if features is not None else ())
+    if not size:
+        raise NotEnoughData("there is nothing to choose from", hint="trilobe add FOLDER")
+    if features is not None and len(features) != size:
+        raise UsageError(f"{len(features)} rows of features for {size} examples", expected="as many")
     n, rng = min(n, size), np.random.default_rng(seed)
     if strategy == "random":
         return Selection(rng.permutation(size)[:n], np.zeros(n), "random.v1", "picked at random")
     if strategy == "typical" or proba is None:
         return typical(np.zeros((size, 1)) if features is None else features, n, seed)
-    if isinstance(strategy, str) and strategy not in SCORES:
-        raise UsageError(f"unknown strategy {strategy!r}", expected=f"one of {', '.join(STRATEGIES)}")
     function = SCORES[strategy] if isinstance(strategy, str) else strategy
     name = f"{strategy}.v1" if isinstance(strategy, str) else getattr(strategy, "__name__", "function")
-    scores = function(proba)
+    reason = "the model is torn between classes here" if isinstance(strategy, str) else f"scores high in {name}"
+    scores = np.asarray(function(proba))
+    if scores.shape != (size,) or not np.isfinite(scores).all():
+        raise UsageError(f"{name} gave scores of shape {scores.shape}", expected=f"({size},) finite numbers")
     order = np.lexsort((rng.random(size), -scores))  # ties in random order
     if features is None or diversity <= 1:
         top = order[:n]
     else:
         top = _spread(order[: n * diversity], features, scores, n, seed)
-    return Selection(top, scores[top], name, "the model is torn between classes here")
+    return Selection(top, scores[top], name, reason)
 
 
 def typical(features: FloatArray, n: int, seed: int = 0) -> Selection:
@@ -120,14 +128,14 @@ def typical(features: FloatArray, n: int, seed: int = 0) -> Selection:
 
     Args:
         features: ``(n_pool, n_features)``.
-        n: how many.
+        n: how many, at least 1; more than there are takes all.
         seed: of the clustering.
 
     >>> typical(np.array([[0.0], [0.1], [5.0], [5.2], [5.1]]), 2).index.tolist()
     [4, 0]
     """
     weight = np.ones(len(features))
-    index, size = _one_per_cluster(features, weight, n, seed)
+    index, size = _one_per_cluster(features, weight, min(n, len(features)), seed)
     order = np.argsort(-size, kind="stable")
     return Selection(index[order], size[order] / len(features), "typical.v1", "stands for a group of similar examples")
 
@@ -143,6 +151,8 @@ def _spread(candidates: IntArray, features: FloatArray, scores: FloatArray, n: i
 def _one_per_cluster(features: FloatArray, weight: FloatArray, n: int, seed: int) -> tuple[IntArray, FloatArray]:
     """Exactly ``n`` distinct rows, each nearest to one center of a weighted k-means, and the clusters' sizes."""
     x = np.asarray(features, dtype=np.float64).reshape(len(features), -1)
+    if not np.isfinite(x).all():
+        raise UsageError("features with NaN or infinity", expected="finite numbers")
     label = _kmeans(x, weight, n, seed)
     index: list[int] = []
     for cluster in range(n):
@@ -193,8 +203,10 @@ def check_proba(proba: FloatArray) -> FloatArray:
         raise UsageError(f"probabilities of shape {proba.shape}", expected="(n_samples, n_classes)")
     if not np.isfinite(proba).all():
         raise UsageError("probabilities with NaN or infinity", expected="finite numbers from 0 to 1")
+    if (proba < 0).any():
+        raise UsageError(f"a probability of {proba.min():.4g}", expected="finite numbers from 0 to 1")
     total = proba.sum(axis=1)
-    wrong = np.flatnonzero((np.abs(total - 1) > 1e-3) | (proba < 0).any(axis=1))
+    wrong = np.flatnonzero(np.abs(total - 1) > 1e-3)
     if wrong.size:
         i = int(wrong[0])
         raise UsageError(f"probabilities of row {i} sum to {total[i]:.4g}", expected="1 (within 0.001)")

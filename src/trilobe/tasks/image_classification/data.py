@@ -19,6 +19,7 @@ from trilobe.types import FloatArray
 
 Pixels = NDArray[np.uint8]
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .tif .tiff .webp .pgm .ppm".split())  # noqa: SIM905
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # no others: some would start programs to be read
 MAX_PIXELS = 50_000_000
 
 
@@ -26,7 +27,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
     """The pixels of an image file, upright, gray or RGB.
 
     EXIF rotation is applied; palettes become colors; transparency is laid on white; 16 bits become 8 by dividing by
-    257; of an animation the first frame is taken.
+    257 (wider ones are cut at 65535 before, floating-point ones at 0 and 255); of an animation the first frame is taken.
 
     Args:
         data: the file.
@@ -46,23 +47,29 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about sizes this function checks itself
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = image.size
             if width * height > max_pixels:
-                raise UnreadableExample(
-                    f"an image of {width} x {height} pixels",
-                    expected=f"at most {max_pixels:,} pixels",
-                    hint="scale it down, or raise image.max_pixels in trilobe.toml",
-                )
+                raise _too_large(f"an image of {width} x {height} pixels", max_pixels)
             image.load()
             return _to_pixels(ImageOps.exif_transpose(image))
     except UnreadableExample:
         raise
+    except Image.DecompressionBombError as e:
+        raise _too_large(f"an image that is far too large ({e})", max_pixels) from e
     except UnidentifiedImageError as e:
         start = data[:24].decode("ascii", "replace").split("\n")[0]
         raise UnreadableExample(f"not an image: it begins with {start!r}", expected="an image file") from e
     except Exception as e:  # Pillow's decoders raise many kinds on damaged files
         raise UnreadableExample(f"a damaged image: {e}", expected="a whole image file") from e
+
+
+def _too_large(problem: str, max_pixels: int) -> UnreadableExample:
+    return UnreadableExample(
+        problem,
+        expected=f"at most {max_pixels:,} pixels",
+        hint="scale it down, or raise image.max_pixels in trilobe.toml",
+    )
 
 
 def _to_pixels(image: Image.Image) -> Pixels:
@@ -148,7 +155,8 @@ def encode(images: Sequence[Pixels] | Pixels, preprocessing: Mapping[str, Any]) 
                 f"an image of shape {pixels.shape} and type {pixels.dtype}", expected="(height, width, 1 or 3) uint8"
             )
         out[i] = _fit_size(_fit_channels(pixels, channels), height, width).transpose(2, 0, 1)
-    return out / np.float32(255)
+    out /= 255
+    return out
 
 
 def _fit_channels(pixels: Pixels, channels: int) -> Pixels:

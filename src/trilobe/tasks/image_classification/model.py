@@ -46,8 +46,8 @@ def _stage(before: int, after: int) -> list[nn.Module]:
     return [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
 
 
-def features(module: nn.Module, x: Tensor) -> Tensor:
-    """What the last layer sees, ``(n, n_features)``: where alike images lie close together.
+def features(module: nn.Module, x: Tensor, batch_size: int = 256) -> Tensor:
+    """What the last linear layer sees, ``(n, n_features)``: where alike images lie close together.
 
     >>> net = network({"channels": 1, "height": 8, "width": 8}, n_classes=3)
     >>> features(net.eval(), torch.zeros(2, 1, 8, 8)).shape
@@ -58,10 +58,11 @@ def features(module: nn.Module, x: Tensor) -> Tensor:
     handle = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
         with torch.no_grad():
-            module(x)
+            for batch in x.split(batch_size):
+                module(batch)
     finally:
         handle.remove()
-    return seen[0].flatten(1)
+    return torch.cat(seen).flatten(1)
 
 
 def vary(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -13,43 +13,51 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def picture(pixels: Pixels, side: int = 96) -> bytes:
-    """A PNG at most ``side`` pixels high; small images are enlarged by whole pixels, so that they stay what they are.
+SIDE = 96  # pixels of a picture in a report
+
+
+def picture(pixels: Pixels, side: int = SIDE) -> bytes:
+    """A PNG at most ``side`` pixels high and wide; small images are enlarged by whole pixels and stay what they are.
 
     >>> picture(np.zeros((8, 8, 1), dtype=np.uint8))[:4]
     b'\\x89PNG'
     """
+    return encode_png(_at_most(pixels, side))
+
+
+def _at_most(pixels: Pixels, side: int) -> Pixels:
     height, width, channels = pixels.shape
-    if height < side:
-        k = max(1, side // max(height, width))
-        return encode_png(np.ascontiguousarray(pixels.repeat(k, 0).repeat(k, 1)))
+    if k := side // max(height, width):
+        return pixels.repeat(k, 0).repeat(k, 1)
     image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
     image.thumbnail((side, side))
     small = np.asarray(image)
-    return encode_png(small[:, :, None] if small.ndim == 2 else small)
+    return small[:, :, None] if small.ndim == 2 else small
 
 
 def explain(module: "nn.Module", items: Sequence[Pixels], X: FloatArray) -> list[tuple[bytes, bytes, float]]:
-    """For each item its picture, the picture under its FullGrad map, and the map's completeness residual."""
+    """For each item its picture, the same under its FullGrad map, and the map's completeness residual (0 = complete)."""
     from trilobe.trust.saliency import fullgrad, overlay
 
     maps, residuals = fullgrad(module, X)
-    scale = [max(1, 96 // max(i.shape[:2])) for i in items]
+    shown = [_at_most(item, SIDE) for item in items]
     return [
-        (picture(item), overlay(item, heat, scale=k), float(residual))
-        for item, heat, residual, k in zip(items, maps, residuals, scale, strict=True)
+        (encode_png(image), overlay(image, heat), float(residual))
+        for image, heat, residual in zip(shown, maps, residuals, strict=True)
     ]
 
 
 def terminal(pixels: Pixels, width: int = 32) -> str:
     """Two pixels per character, in 24 grays: enough to answer "what is it?" at the prompt.
 
+    At most ``width`` characters wide and ``width`` lines high; images are enlarged at most twice.
+
     >>> terminal(np.array([[[0]], [[255]]], dtype=np.uint8), width=1)
     '\\x1b[38;5;232m\\x1b[48;5;255m▀\\x1b[0m'
     """
     gray = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).convert("L")
-    columns = min(width, max(gray.width, min(width, 2 * gray.width))) if gray.width > 1 else 1
-    rows = max(2, 2 * round(columns * gray.height / gray.width / 2))
+    scale = min(2, width / gray.width, 2 * width / gray.height)
+    columns, rows = max(1, round(scale * gray.width)), max(2, 2 * round(scale * gray.height / 2))
     shade = 232 + np.asarray(gray.resize((columns, rows), Image.Resampling.BOX)).astype(int) * 23 // 255
     lines = []
     for top, bottom in zip(shade[::2], shade[1::2], strict=True):
