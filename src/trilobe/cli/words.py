@@ -45,7 +45,10 @@ def words(verb: str, result: Any) -> str:
 
 
 class Terminal:
-    """A listener that shows remarks and bars on stderr; silent bars when stderr is not a terminal."""
+    """A listener that shows remarks and bars on stderr; without bars when stderr is not a terminal.
+
+    Bars are drawn only while something counts, so that a prompt has the screen to itself.
+    """
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -56,7 +59,6 @@ class Terminal:
         self.bars: dict[str, TaskID] = {}
 
     def __enter__(self) -> "Terminal":
-        self.progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -72,10 +74,13 @@ class Terminal:
                 self.console.print(wrapped, markup=False, soft_wrap=True)
             return
         if message not in self.bars:
+            self.progress.start()
             self.bars[message] = self.progress.add_task(message, total=total)
         self.progress.update(self.bars[message], completed=done, total=total)
         if done >= total:
             self.progress.remove_task(self.bars.pop(message))
+        if not self.bars:
+            self.progress.stop()
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -104,7 +109,7 @@ def _tree(value: Any, indent: str = "") -> str:
         lines = []
         for k, v in value.items():
             nested = isinstance(v, dict | list) and v
-            lines.append(f"{indent}{k:<{width}}" + (f"\n{_tree(v, indent + '  ')}" if nested else f"  {_scalar(v)}"))
+            lines.append(f"{indent}{k}\n{_tree(v, indent + '  ')}" if nested else f"{indent}{k:<{width}}  {_scalar(v)}")
         return "\n".join(lines)
     if isinstance(value, list):
         if (
