@@ -186,16 +186,13 @@ def networks(seed: int, n: int = 120) -> dict[str, float]:
     from sklearn.datasets import load_digits
 
     from trilobe.algorithms.fit import Plan, fit, predict_logits
-    from trilobe.data.annotators import typical_crowd
     from trilobe.data.beliefs import AnswerTable, DawidSkene, log_likelihood, majority_vote
     from trilobe.tasks.image_classification.model import network, vary
-    from trilobe.types import LabelSpace
 
     torch.set_num_threads(1)
     digits, rng = load_digits(), np.random.default_rng([seed, n])
     order = rng.permutation(len(digits.target))  # the same order as in simulated(): the same examples
     X, y = (digits.images[order, None] / 16).astype(np.float32), digits.target[order]
-    assert typical_crowd(LabelSpace(tuple("0123456789")))
     columns, truth = simulated(n, seed)
     table = AnswerTable.from_labels(**columns, n_classes=K)
     at = np.array(table.examples, dtype=int)

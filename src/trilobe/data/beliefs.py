@@ -22,7 +22,7 @@ answers (ALPF, 2019)                                                   intersect
 gold                   any                                             identity for the annotator named ``gold``
 =====================  ==============================================  =========================================
 
-What one belief is about is a *unit*: an example, or one token of it. Nothing dense of size examples x annotators is made:
+A belief is about a *unit*: an example, or one token of it. Nothing dense of size examples x annotators is made:
 answers meet parameters through a sparse matrix of units x (annotator, set) pairs that really occur. Sources: Dawid and
 Skene (1979), equations 2.3 to 2.5; Khetan, Lipton and Anandkumar (2018) for the model as prior; Hu et al. (2019) for
 partial feedback. What the answers are asked about is chosen in :mod:`trilobe.data.query`, not here.
@@ -158,9 +158,11 @@ class AnswerTable:
         if not unit.shape == annotator.shape == classes.shape or classes.ndim != 1:
             shapes = f"{unit.shape}, {annotator.shape} and {classes.shape}"
             raise AnswerError(f"columns of shapes {shapes}", expected="three of one length")
-        k = int(n_classes or classes.max(initial=-1) + 1)
-        if classes.size and (classes.dtype.kind not in "iu" or classes.min() < 0 or classes.max() >= k):
-            raise AnswerError(f"labels from {classes.min()} to {classes.max()}", expected=f"indices from 0 to {k - 1}")
+        whole = classes.dtype.kind in "iu" or not classes.size
+        k = int(n_classes or classes.max(initial=-1) + 1) if whole else 0
+        if not whole or classes.min(initial=0) < 0 or classes.max(initial=-1) >= k:
+            came = f"{classes.dtype} labels from {classes.min()} to {classes.max()}"
+            raise AnswerError(came, expected="indices of classes, from 0, below n_classes")
         classes = classes.astype(np.intp)
         starts = np.arange(len(tasks) + 1)
         return cls(
@@ -295,7 +297,7 @@ class DawidSkene:
 
     The E-step is :func:`posterior`. The M-step counts, for each annotator, how often truth k was perceived as l: an
     answer that is a set spreads its count over the classes in it, in proportion to what the annotator was likely to
-    perceive. ``smoothing`` adds that many imagined answers per true class to each annotator, most of them right
+    perceive (the set of all classes counts for nothing). ``smoothing`` adds that many imagined answers per true class to each annotator, most of them right
     (a Dirichlet prior, so this is a MAP estimate): who answered little is judged cautiously. The penalized
     log-likelihood never falls from one round to the next (a property test holds it).
 
@@ -382,6 +384,7 @@ class DawidSkene:
         truth = matrix.T @ proba  # (n_pairs, n_classes): how often each pair was said when the truth was k
         total = _said_given_truth(table, confusion, who, which)
         weight = np.divide(truth, total, out=np.zeros_like(total), where=total > 0)
+        weight[table.sets[which].all(axis=1)] = 0.0  # "can't tell" teaches nothing about anybody
         counts = np.zeros_like(confusion)
         np.add.at(counts, who, weight[:, :, None] * confusion[who] * table.sets[which][:, None, :])
         return counts

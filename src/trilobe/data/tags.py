@@ -75,9 +75,9 @@ def possible_tags(response: Response, offsets: Offsets, space: LabelSpace) -> Bo
     """What an answer about spans leaves possible for each token: ``(n_tokens, n_tags)`` booleans.
 
     ``spans`` fixes every token. ``span_accepted`` fixes the tokens of the span, and says that it ends there.
-    ``span_rejected`` forbids one whole sequence of tags, which is not a set per token; kept of it is what never excludes
-    the truth: a single token loses its tag where that tag alone would be the span (``S-`` in BIOES; ``B-`` in BIO at the
-    end of the text), and longer spans lose nothing.
+    ``span_rejected`` forbids one whole sequence of tags, which is not a set per token; kept of it is what never
+    excludes the truth: a single token loses its tag where that tag alone would be the span (``S-`` in BIOES; ``B-`` in
+    BIO at the end of the text), and longer spans lose nothing.
 
     >>> space = tag_space(["CITY"], "BIOES")
     >>> no = possible_tags(Response("span_rejected", spans=(Span(0, 5, "CITY"),)), [(0, 5), (6, 8)], space)

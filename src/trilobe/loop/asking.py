@@ -11,8 +11,8 @@ import numpy as np
 from trilobe.data.beliefs import AnswerTable, DawidSkene, log_likelihood, majority_vote, symmetric_confusion
 from trilobe.data.query import Selection, select
 from trilobe.errors import AnswerError, NotEnoughData, UsageError
-from trilobe.loop.collecting import read_table
-from trilobe.loop.project import Project, annotators, digest, opened, seed_of, tell
+from trilobe.loop.project import Project, annotators, digest, opened, positive, seed_of, tell
+from trilobe.loop.tables import make_answer, take_answers
 from trilobe.types import GOLD, Answer, Belief, Example, Finding, FloatArray, Question, Response
 
 Answerer = Callable[[Question, Example, str], tuple[Response, float] | None]
@@ -70,6 +70,7 @@ def query(
         trilobe query -n 30 --strategy entropy
         trilobe query --finding newest -n 60
     """
+    positive(n=n, answers=answers)
     with opened(project) as p:
         if waiting := [q for q in p.store.questions(open_only=True) if q.strategy != "truth.v1"]:
             tell(f"{len(waiting)} questions are still open; answer them first (trilobe label)")
@@ -84,6 +85,10 @@ def query(
         else:
             candidates, chosen = _from_pool(p, n, strategy, seed)
             people = ()
+        if each > (named := len(people or p.config.query.annotators)):
+            tell(f"each question is asked once, of {named or 'whoever comes'}, not {each} times: "
+                 "name people in query.annotators") if not named else tell(
+                f"each question goes to the {named} people there are, not to {each}")
         questions = []
         for at, score in zip(chosen.index, chosen.score, strict=True):
             id_ = digest("question", candidates[at].id, round_)[:16]
@@ -166,14 +171,14 @@ def label(
     The file has the columns example (id, its first letters, or file name), annotator, label, and optionally seconds
     and answered_at (seconds since 1970). A label is a class ("cat"), a node of the label tree, several of them joined
     by "|" ("one of these"), any of that after "not:" ("none of these"), or "?" ("can't tell"). Nobody's answer is
-    ever changed: a later, different one of the same person supersedes it. Rows that fit nothing are refused with a
-    reason, the others go in.
+    ever changed: a later, different one of the same person supersedes it. Without answered_at, lower rows are later.
+    A file taken twice changes nothing. Rows that fit nothing are refused with a reason, the others go in.
 
     Args:
         answers: a CSV file; nothing for the terminal; in Python also a function.
         project: the project's folder.
         annotator: who answers at the terminal.
-        n: at most so many answers.
+        n: at most so many new answers.
 
     Returns:
         How many answers were new, known, superseding, refused, and how many questions are open.
@@ -182,10 +187,11 @@ def label(
         trilobe label answers.csv
         trilobe label --annotator ann
     """
+    positive(n=n)
     with opened(project) as p:
         before = p.store.count_superseded()
         if answers and not callable(answers):
-            new, known, refused = _from_table(p, answers, n)
+            new, known, refused = take_answers(p, answers, n)
         else:
             from trilobe.loop.terminal import terminal_answerer
 
@@ -207,93 +213,9 @@ def _ask(p: Project, answerer: Answerer, annotator: str, n: int | None) -> int:
         reply = answerer(q, examples[q.example_id], who)
         if reply is None:
             return done
-        p.store.add_answers([_answer(q, who, *reply, time.time(), None)])
+        p.store.add_answers([make_answer(q, who, *reply, time.time())])
         tell("answering", done + 1, len(todo))
     return len(todo)
-
-
-def _answer(q: Question, who: str, response: Response, seconds: float, at: float, previous: Answer | None) -> Answer:
-    plain = [response.kind, response.labels, response.spans]
-    return Answer(
-        digest(q.id, who, plain, previous.id if previous else "")[:16], q.id, q.example_id, who, response, seconds, at
-    )
-
-
-def _from_table(p: Project, path: Path | str, n: int | None) -> tuple[int, int, dict[str, str]]:
-    rows = read_table(path, ["example", "annotator", "label"])[:n]
-    find = _finder(p.store.examples())
-    questions = {q.example_id: q for q in p.store.questions()}
-    current = {(a.question_id, a.annotator): a for a in p.store.answers()}
-    fresh: list[Question] = []
-    new: list[Answer] = []
-    refused: dict[str, str] = {}
-    known = 0
-    for line, row in enumerate(rows, start=2):
-        try:
-            example = find(row["example"].strip())
-            response = parse_label(row["label"].strip())
-            response.possible(p.space)
-            if not (who := row["annotator"].strip()):
-                raise AnswerError("no annotator", expected="a name")
-            seconds, at = float(row.get("seconds") or 0), float(row.get("answered_at") or time.time())
-        except (AnswerError, ValueError) as e:
-            refused[f"{path}:{line}"] = str(e)
-            continue
-        if example not in questions:
-            questions[example] = Question(
-                digest("volunteered", example)[:16], example, strategy="volunteered.v1", reason="answered unasked"
-            )
-            fresh.append(questions[example])
-        q = questions[example]
-        before = current.get((q.id, who))
-        if before and before.response == response:
-            known += 1
-            continue
-        current[q.id, who] = made = _answer(
-            q, who, response, seconds, max(at, before.answered_at if before else 0.0), before
-        )
-        new.append(made)
-    with p.store.transaction():
-        p.store.add_questions(fresh)
-        p.store.add_answers(new)
-    for where, reason in refused.items():
-        tell(f"refused {where}: {reason}")
-    return len(new), known, refused
-
-
-def _finder(examples: Sequence[Example]) -> Callable[[str], str]:
-    by_name: dict[str, set[str]] = {}
-    ids = {e.id for e in examples}
-    for e in examples:
-        for name in {e.name, Path(e.name).name}:
-            by_name.setdefault(name, set()).add(e.id)
-
-    def find(text: str) -> str:
-        hits = {text} & ids or by_name.get(text) or {i for i in ids if len(text) >= 6 and i.startswith(text)}
-        if len(hits) != 1:
-            what = "no example" if not hits else f"{len(hits)} examples"
-            raise AnswerError(
-                f"{what} called {text!r}", expected="an example's id, its first letters, or its file name"
-            )
-        return next(iter(hits))
-
-    return find
-
-
-def parse_label(text: str) -> Response:
-    """What a person wrote, as a response: ``cat``, ``cat|dog``, ``not:cat``, ``?``.
-
-    >>> parse_label("not:cat|dog")
-    Response(kind='not', labels=('cat', 'dog'), spans=())
-    """
-    if text == "?":
-        return Response("unsure")
-    if not text:
-        raise AnswerError("an empty label", expected="a class, 'a|b', 'not:a' or '?'")
-    names = tuple(name.strip() for name in text.removeprefix("not:").split("|"))
-    if text.startswith("not:"):
-        return Response("not", names)
-    return Response("class", names) if len(names) == 1 else Response("one_of", names)
 
 
 def aggregate(project: "Project | Path | str" = ".", method: str = "") -> Aggregated:

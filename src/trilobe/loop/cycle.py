@@ -8,7 +8,7 @@ from trilobe.errors import NotEnoughData
 from trilobe.infrastructure.store import run_lock
 from trilobe.loop.asking import Answerer, label, query
 from trilobe.loop.learning import evaluate, train
-from trilobe.loop.project import STATE, Project, opened, tell
+from trilobe.loop.project import STATE, Project, opened, positive, tell
 from trilobe.loop.promoting import check, package
 from trilobe.types import Bundle, Evidence
 
@@ -61,6 +61,7 @@ def run(
     Example:
         trilobe run answers.csv --goal 0.9 --budget 500
     """
+    positive(budget=budget, rounds=rounds)
     where = project.folder if isinstance(project, Project) else Path(project)
     with opened(project) as p, run_lock(where / STATE, "trilobe run"):
         limits = p.config.run

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilobe import __version__, config, tasks
-from trilobe.errors import NotEnoughData, NotFoundError
+from trilobe.errors import NotEnoughData, NotFoundError, UsageError
 from trilobe.infrastructure.store import Store
 from trilobe.types import GOLD, Capture, Example, Finding, FloatArray, LabelSpace, Model
 
@@ -80,6 +80,18 @@ def seed_of(*parts: Any) -> int:
     True
     """
     return int(digest(*parts)[:8], 16)
+
+
+def positive(**given: int | None) -> None:
+    """Raise :class:`~trilobe.errors.UsageError` for a count below 1; None is a count that was not given.
+
+    >>> positive(n=0)
+    Traceback (most recent call last):
+    trilobe.errors.UsageError: n = 0; expected at least 1
+    """
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{name} = {value}", expected="at least 1")
 
 
 @dataclass
@@ -153,11 +165,14 @@ class Project:
         return self.task.encode([c.input for c in captures], self.preprocessing())
 
     def module(self, model: Model) -> "nn.Module":
-        """The network of a model with its weights, ready to predict."""
+        """The network of a model with its weights, ready to predict. Raises TrainingError for NaN among them."""
+        from trilobe.algorithms.fit import check_finite
         from trilobe.algorithms.weights import load_into
 
         module = self.task.network(model.preprocessing, model.space, int(model.network["width"]), seed=0)
-        return load_into(module, self.store.blobs.get(model.weights))
+        load_into(module, self.store.blobs.get(model.weights))
+        check_finite(module)
+        return module
 
     def predict(self, model: Model, X: FloatArray, module: "nn.Module | None" = None) -> FloatArray:
         """Calibrated probabilities ``(n, n_classes)``."""

@@ -6,16 +6,22 @@ from collections.abc import Callable
 
 from trilobe.errors import AnswerError, UsageError
 from trilobe.loop.project import Project
+from trilobe.loop.tables import parse_label
 from trilobe.types import Example, Question, Response
 
 
+def read_line(prompt: str) -> str:
+    """A line from the keyboard. ``input`` would put the prompt on stdout, where only data goes."""
+    sys.stderr.write(prompt)
+    sys.stderr.flush()
+    return input()
+
+
 def terminal_answerer(
-    p: Project, ask: Callable[[str], str] = input, show: Callable[[str], object] = sys.stderr.write
+    p: Project, ask: Callable[[str], str] = read_line, show: Callable[[str], object] = sys.stderr.write
 ) -> Callable[[Question, Example, str], tuple[Response, float] | None]:
     """Somebody at the keyboard: a class name, its number, several joined by "|", "not:", "?"; empty to stop."""
-    from trilobe.loop.asking import parse_label
-
-    if ask is input and not sys.stdin.isatty():
+    if ask is read_line and not sys.stdin.isatty():
         raise UsageError("there is no terminal to ask at", expected="a CSV file", hint="trilobe label answers.csv")
     choices = "  ".join(f"{i}={name}" for i, name in enumerate(p.space.names, start=1))
     names = {str(i): name for i, name in enumerate(p.space.names, start=1) if str(i) not in p.space.names}

@@ -11,7 +11,7 @@ from trilobe.infrastructure import endpoint as endpoints
 from trilobe.infrastructure.bundle import read_json
 from trilobe.infrastructure.capture import read_captures
 from trilobe.infrastructure.monitor import Baseline, Window, find
-from trilobe.loop.project import Project, digest, opened, tell
+from trilobe.loop.project import Project, digest, opened, positive, tell
 from trilobe.types import Bundle, Capture, Finding
 
 
@@ -49,6 +49,7 @@ def monitor(
     Example:
         trilobe monitor --last 200
     """
+    positive(last=last)
     with opened(project) as p:
         name = name or p.config.project.name
         bundle, settings = serving(p, name), p.config.monitor
@@ -94,6 +95,7 @@ def explain(project: "Project | Path | str" = ".", finding: str = "newest", n: i
     Example:
         trilobe explain --finding newest -n 8
     """
+    positive(n=n)
     with opened(project) as p:
         chosen = p.finding(finding)
         flagged, clean = _pick(p, chosen, n)

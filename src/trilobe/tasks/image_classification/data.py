@@ -27,7 +27,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
     """The pixels of an image file, upright, gray or RGB.
 
     EXIF rotation is applied; palettes become colors; transparency is laid on white; 16 bits become 8 by dividing by
-    257 (wider ones are cut at 65535 before, floating-point ones at 0 and 255); of an animation the first frame is taken.
+    257 (32 bits are cut at 65535 before, floating-point values at 0 and 255); an animation gives its first frame.
 
     Args:
         data: the file.

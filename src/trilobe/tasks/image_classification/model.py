@@ -58,8 +58,8 @@ def features(module: nn.Module, x: Tensor, batch_size: int = 256) -> Tensor:
     handle = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
         with torch.no_grad():
-            for batch in x.split(batch_size):
-                module(batch)
+            for i in range(0, max(len(x), 1), batch_size):
+                module(x[i : i + batch_size])
     finally:
         handle.remove()
     return torch.cat(seen).flatten(1)

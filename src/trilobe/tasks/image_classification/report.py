@@ -36,7 +36,7 @@ def _at_most(pixels: Pixels, side: int) -> Pixels:
 
 
 def explain(module: "nn.Module", items: Sequence[Pixels], X: FloatArray) -> list[tuple[bytes, bytes, float]]:
-    """For each item its picture, the same under its FullGrad map, and the map's completeness residual (0 = complete)."""
+    """For each item its picture, the same under its FullGrad map, and the map's residual (0 = complete)."""
     from trilobe.trust.saliency import fullgrad, overlay
 
     maps, residuals = fullgrad(module, X)
