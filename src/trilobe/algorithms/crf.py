@@ -4,7 +4,7 @@
 
 (Lafferty, McCallum and Pereira 2001.) Sums over all sequences are done by the forward recursion in O(T K²). The loss
 is the one of :func:`trilobe.algorithms.fit.belief_loss`, for sequences: with l_t(k) the likelihood of the answers when
-token t has tag k, the probability of the answers under the model is Σ_y p(y) Π_t l_t(y_t), and its negative logarithm is
+token t has tag k, the probability of the answers under the model is Σ_y p(y) Π_t l_t(y_t). Its negative logarithm is
 
     loss  =  log Z(emission)  -  log Z(emission + log l)                                                        (1)
 
