@@ -20,7 +20,7 @@ QUIET = os.environ | {"DO_NOT_TRACK": "1", "WHYLOGS_NO_ANALYTICS": "True", "OMP_
 
 
 def arguments(doc: str | None) -> argparse.Namespace:
-    """``--quick``, ``--to``, ``--peer-python`` and the hidden ``--child``, by which a script calls itself for a peer."""
+    """``--quick``, ``--to``, ``--peer-python``; and hidden ``--child``: a script calls itself in a peer's process."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under a minute; result.json stays as it is")
     parser.add_argument("--to", type=Path, help="write the result to this file instead of result.json")

@@ -10,7 +10,6 @@ import csv
 import gzip
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ SIZES, EACH, K = (120, 300, 997), 3, 10
 SETS = ("spectral_bluebird", "spectral_dog", "spectral_web", "spectral_trec", "vldb_product", "labelme",
         "gal_tweets_barzan")  # fmt: skip
 Columns = dict[str, Any]  # task, worker, label: arrays of as many words
+Crowd = tuple[Columns, dict[str, str]]  # the answers, and the truth by task
 
 # The crowds ---------------------------------------------------------------------------------------------------------
 
@@ -63,6 +63,11 @@ def large(n_tasks: int, seed: int = 0) -> tuple[Columns, np.ndarray]:
     who = who.ravel()
     said = (rng.random((len(task), 1)) > confusion[who, truth[task]].cumsum(axis=1)).sum(axis=1).clip(max=K - 1)
     return {"task": task.astype(str), "worker": who.astype(str), "label": said.astype(str)}, truth
+
+
+def by_task(truth: np.ndarray) -> dict[str, str]:
+    """The truth of tasks 0, 1, ... as words."""
+    return {str(i): str(k) for i, k in enumerate(truth)}
 
 
 def real(name: str) -> tuple[Columns, dict[str, str], int]:
@@ -125,25 +130,33 @@ def measured(side: Callable[..., Any], columns: Columns, truth: dict[str, str], 
     return {"accuracy": round(float(np.mean(right)), 5), "seconds": round(seconds, 3), "rounds": rounds}
 
 
+def memory(field: str, reset: bool = False) -> int:
+    """Resident memory of this process in MB, now (``VmRSS``) or at its peak (``VmHWM``) since the reset. Linux only."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    rows = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(rows[field].split()[0]) // 1024
+
+
 def child(who: str, path: str, method: str) -> None:
-    """Measure one side in this interpreter on every crowd in ``path``; peak memory comes on top of what it began with."""
+    """Measure one side in this interpreter on every crowd in ``path``; memory: what its peak rose by."""
     side = {"ours": ours, "theirs": theirs}[who]
-    tiny = {"task": np.array(["a", "a", "b", "b"]), "worker": np.array(["v", "w"] * 2), "label": np.array(["0", "1"] * 2)}
-    side(tiny, "MajorityVote")  # imports are not what is measured
+    tiny = {"task": ["a", "a", "b", "b"], "worker": ["v", "w", "v", "w"], "label": ["0", "1", "1", "1"]}
+    side({k: np.array(v) for k, v in tiny.items()}, "MajorityVote")  # imports are not what is measured
     out = []
     with np.load(path) as kept:
         for i in range(int(kept["n"])):
             columns = {k: kept[f"{k}{i}"] for k in ("task", "worker", "label")}
             truth = dict(zip(kept[f"on{i}"].tolist(), kept[f"truth{i}"].tolist(), strict=True))
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            before = memory("VmRSS", reset=True)
             for m in METHODS if method == "all" else [method]:
                 row = measured(side, columns, truth, m)
                 out.append(row | {"method": m, "crowd": i, "answers": len(columns["task"])})
-            out[-1]["megabytes"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+            out[-1]["megabytes"] = memory("VmHWM") - before
     print(json.dumps(out))
 
 
-def ask(python: str, who: str, crowds: list[tuple[Columns, dict[str, str]]], method: str = "all") -> list[dict[str, Any]]:
+def ask(python: str, who: str, crowds: list[Crowd], method: str = "all") -> list[dict[str, Any]]:
     """Measure ``crowds`` in a fresh process of ``python``."""
     arrays: dict[str, Any] = {"n": np.array(len(crowds))}
     for i, (columns, truth) in enumerate(crowds):
@@ -199,8 +212,9 @@ def networks(seed: int, n: int = 120) -> dict[str, float]:
     engine = DawidSkene().fit(table)
     votes = majority_vote(table)
     top = np.isclose(votes, votes.max(axis=1, keepdims=True)) * (1 + rng.random(votes.shape))  # ties at random
+    beliefs = table.beliefs(log_likelihood(table, engine.confusion_), engine.prior_)
     targets = {
-        "beliefs": np.stack([b.likelihood for b in table.beliefs(log_likelihood(table, engine.confusion_), engine.prior_)]),
+        "beliefs": np.stack([b.likelihood for b in beliefs]),
         "majority vote": np.eye(K)[top.argmax(axis=1)],
         "true labels": np.eye(K)[truth[at]],
     }
@@ -232,7 +246,7 @@ def simulation(n_seeds: int, n_peer: int, python: str) -> dict[str, Any]:
             crowds = []
             for seed in range(n_peer):
                 columns, truth = simulated(n, seed)
-                crowds.append(({k: v.astype(str) for k, v in columns.items()}, dict(zip(map(str, range(n)), map(str, truth), strict=True))))
+                crowds.append(({k: v.astype(str) for k, v in columns.items()}, by_task(truth)))
             said = ask(python, "theirs", crowds, "DawidSkene")
             shares = [1 - r["accuracy"] for r in said]
             out[str(n)]["crowd-kit Dawid-Skene"] = common.estimate(shares, 5) | {
@@ -253,14 +267,15 @@ def crowds(quick: bool, python: str) -> dict[str, Any]:
     }
     for who, interpreter in (("ours", sys.executable), ("theirs", python)):
         for row in ask(interpreter, who, pairs) if interpreter and pairs else []:
-            out[names[row["crowd"]]].setdefault(row["method"], {})[who] = {k: row[k] for k in ("accuracy", "seconds", "rounds")}
+            kept = {k: row[k] for k in ("accuracy", "seconds", "rounds")}
+            out[names[row["crowd"]]].setdefault(row["method"], {})[who] = kept
     return out
 
 
 def million(n_tasks: int, python: str) -> dict[str, Any]:
     """Time and memory of Dawid-Skene on ``5 n_tasks`` answers."""
     columns, truth = large(n_tasks)
-    crowd = [(columns, dict(zip(map(str, range(n_tasks)), map(str, truth), strict=True)))]
+    crowd = [(columns, by_task(truth))]
     out = {"answers": len(columns["task"]), "ours": ask(sys.executable, "ours", crowd, "DawidSkene")[0]}
     return out | ({"theirs": ask(python, "theirs", crowd, "DawidSkene")[0]} if python else {})
 
@@ -275,16 +290,22 @@ def verdict(figures: dict[str, Any]) -> bool:
 def table(figures: dict[str, Any]) -> None:
     """Everything as Markdown."""
     share = lambda e: common.words(e, 100, 2, "%")  # noqa: E731
-    print("| examples | " + " | ".join(next(iter(figures["simulated"].values()))) + " | Dawid-Skene minus majority vote |")
+    line = lambda *cells: print("| " + " | ".join(cells) + " |")  # noqa: E731
+    line("examples", *figures["simulated"]["120"], "Dawid-Skene minus majority vote")
     for n, row in figures["simulated"].items():
-        print(f"| {n} | " + " | ".join(map(share, row.values())) + f" | {share(row['Dawid-Skene']['minus majority vote'])} |")
+        line(n, *map(share, row.values()), share(row["Dawid-Skene"]["minus majority vote"]))
     for name, e in figures["networks"].items():
-        print(f"| {name} | {share(e)} | {share(e['minus majority vote']) if 'minus majority vote' in e else ''} |")
+        line(name, share(e), share(e["minus majority vote"]) if "minus majority vote" in e else "")
     for name, row in figures["real"].items():
         cells = [f"{s[w]['accuracy']:.4f} ({s[w]['seconds']:.2f} s)" if w in s else "-"
                  for s in (row[m] for m in METHODS) for w in ("ours", "theirs")]  # fmt: skip
-        print(f"| {name} | {row['answers']} | {row['dropped']} | {row['tasks with truth']} | " + " | ".join(cells) + " |")
-    print(figures["large"])
+        line(name, *(str(row[k]) for k in ("answers", "dropped", "tasks with truth")), *cells)
+    large = figures["large"]
+    for who in [w for w in ("ours", "theirs") if w in large]:
+        line(
+            f"{large['answers']:,} answers, {who}",
+            *(f"{k} {large[who][k]}" for k in ("accuracy", "seconds", "rounds", "megabytes")),
+        )
 
 
 def main() -> None:

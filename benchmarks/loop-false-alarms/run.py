@@ -1,17 +1,11 @@
 """False alarms on clean windows, and detection of real changes: Trilobe beside the defaults of Evidently and whylogs.
 
-``python run.py [--quick] [--peer-python PYTHON ...]`` writes ``result.json`` beside itself. Every monitor sees the same
-windows of the same predictions. Peers pin older libraries than Trilobe, so each is measured in whatever interpreter
-has it: this one, those given, or those in ``TRILOBE_PEER_PYTHON``. Where none has Evidently, its documented default
-rule for classes is measured instead and the result says so.
+``python run.py [--quick] [--to FILE] [--peer-python PYTHON ...]``. Every monitor sees the same windows of the same
+predictions. Where no interpreter has Evidently, its documented default rule for classes is measured instead and the
+result says so.
 """
 
-import argparse
-import datetime
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +17,10 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import common  # noqa: E402
+
 SIZES, ALPHAS, PEERS = (100, 200, 500, 1000), (0.01, 0.05), ("evidently", "whylogs")
 Cell = dict[str, Any]  # stream, scenario, size; baselines and windows: row numbers, one line per repetition
 
@@ -41,7 +39,7 @@ def digits() -> np.ndarray:
 
 def signs() -> tuple[np.ndarray, str]:
     """Test predictions of a linear discriminant on gradient histograms of German traffic signs, 43 classes."""
-    path = Path(os.environ.get("TRILOBE_DATA", HERE.parents[2] / "shared" / "data")) / "gtsrb" / "gtsrb32_subset.npz"
+    path = common.data("gtsrb") / "gtsrb32_subset.npz"
     if not path.exists():
         rng = np.random.default_rng(0)
         shares = 1 / np.arange(1, 44) ** 0.8
@@ -199,15 +197,8 @@ def child(peer: str, path: Path) -> None:
 
 def peer_flags(peer: str, pythons: list[str], path: Path) -> tuple[list[Any] | None, str]:
     """The peer's alarms for the cells in ``path`` and its version, or None where no interpreter has it."""
-    quiet = os.environ | {"DO_NOT_TRACK": "1", "WHYLOGS_NO_ANALYTICS": "True", "OMP_NUM_THREADS": "1"}
-    for python in pythons:
-        ask = f"import {peer}; from importlib.metadata import version; print(version('{peer}'))"
-        known = subprocess.run([python, "-W", "ignore", "-c", ask], capture_output=True, text=True, env=quiet)
-        if known.returncode == 0:
-            command = [python, __file__, "--child", peer, str(path)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=quiet, check=True)
-            return json.loads(done.stdout.splitlines()[-1]), known.stdout.split()[-1]
-    return None, ""
+    python, version = common.find_peer(peer, pythons)
+    return (common.ask_child(python, __file__, peer, str(path)) if python else None), version
 
 
 # The figures --------------------------------------------------------------------------------------------------------
@@ -254,15 +245,10 @@ def measure(quick: bool, pythons: list[str]) -> dict[str, Any]:
                 ]
             for row, cell_flags in zip(figures, flags or [], strict=False):
                 row[peer] = rates(cell_flags)
-    return verdict(figures, peers, sign_note, seconds, quick)
+    return verdict(figures, peers, sign_note, seconds)
 
 
-def verdict(figures: list[Any], peers: dict[str, str], note: str, seconds: float, quick: bool) -> dict[str, Any]:
-    import scipy
-    import sklearn
-
-    import trilobe
-
+def verdict(figures: list[Any], peers: dict[str, str], note: str, seconds: float) -> dict[str, Any]:
     calm = [r for r in figures if r["scenario"] == "clean"]
     kept = all(r[f"trilobe {a}"]["any"][1] <= a for r in calm for a in ALPHAS)
     attack = min(r["trilobe 0.01"]["any"][0] for r in figures if r["scenario"].startswith("attack"))
@@ -280,15 +266,7 @@ def verdict(figures: list[Any], peers: dict[str, str], note: str, seconds: float
         "ratio_of": "share of clean 43-class windows of 100 to 500 that Evidently flags, over the upper limit of ours",
         "target": "lower limit of our rate <= alpha in every clean cell; attack found in every window; peer above 0.5",
         "met": bool(kept and attack == 1 and peer > 0.5),
-        "versions": {
-            "trilobe": trilobe.__version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-            "scikit-learn": sklearn.__version__,
-        },
-        "quick": quick,
-        "date": datetime.date.today().isoformat(),
+        "versions": common.versions("numpy", "scipy", "scikit-learn"),
     }
 
 
@@ -306,18 +284,12 @@ def table(result: dict[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer windows, under a minute")
-    parser.add_argument("--peer-python", action="append", default=[], help="an interpreter that has a peer")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        return child(arguments.child[0], Path(arguments.child[1]))
-    given = [p for p in os.environ.get("TRILOBE_PEER_PYTHON", "").split(os.pathsep) if p]
-    result = measure(arguments.quick, [sys.executable, *arguments.peer_python, *given])
-    (HERE / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    chosen = common.arguments(__doc__)
+    if chosen.child:
+        return child(chosen.child[0], Path(chosen.child[1]))
+    result = measure(chosen.quick, chosen.peer_python)
+    common.keep(__file__, result, chosen)
     print("\n".join(table(result)))
-    print(f"ratio {result['ratio']}, met: {result['met']}; peers: {result['peers']}", file=sys.stderr)
     return None
 
 

@@ -109,17 +109,17 @@ ResponseKind = Literal["class", "one_of", "not", "unsure", "spans", "span_accept
 class Response:
     """What a person said, before anybody decides what it means.
 
-    ========================  ===============================================  ==============================
-    kind                      meaning                                          filled
-    ========================  ===============================================  ==============================
-    ``class``                 "it is this class"                               ``labels`` (one)
-    ``one_of``                "it is one of these" (yes to a partial question) ``labels``
-    ``not``                   "it is none of these" (no to one)                ``labels``
-    ``unsure``                "I can't tell"                                   nothing
-    ``spans``                 "these, and no other, are the entities"          ``spans``
-    ``span_accepted``         "this span is right"                             ``spans`` (one)
-    ``span_rejected``         "this span is wrong"                             ``spans`` (one)
-    ========================  ===============================================  ==============================
+    ========================  ================================================  ==============================
+    kind                      meaning                                           filled
+    ========================  ================================================  ==============================
+    ``class``                 "it is this class"                                ``labels`` (one)
+    ``one_of``                "it is one of these" (yes to a partial question)  ``labels``
+    ``not``                   "it is none of these" (no to one)                 ``labels``
+    ``unsure``                "I can't tell"                                    nothing
+    ``spans``                 "these, and no other, are the entities"           ``spans``
+    ``span_accepted``         "this span is right"                              ``spans`` (one)
+    ``span_rejected``         "this span is wrong"                              ``spans`` (one)
+    ========================  ================================================  ==============================
 
     >>> space = LabelSpace(("a", "b", "c"))
     >>> Response("not", ("a",)).possible(space).tolist()

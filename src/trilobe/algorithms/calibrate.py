@@ -17,7 +17,7 @@ def fit_temperature(logits: FloatArray, proba: FloatArray, low: float = 0.05, hi
     Args:
         logits: ``(..., n_classes)`` of examples the network did not train on.
         proba: the same shape, what is believed of them (one-hot for certain labels).
-        low, high: bounds of T; where every example is right, T is ``low``.
+        low, high: bounds of T; with nothing but right (wrong) predictions it comes close to ``low`` (``high``).
 
     Raises:
         UsageError: different shapes, nothing at all, NaN or infinity.

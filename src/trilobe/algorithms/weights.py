@@ -18,7 +18,9 @@ def to_safetensors(tensors: Mapping[str, Tensor], meta: Mapping[str, str] | None
     """
     from safetensors.torch import save
 
-    data = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, dict(meta or {}))
+    data = save(
+        {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, dict(meta) if meta else None
+    )
     header, at = _header(data)
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()  # the library orders metadata at random
     text += b" " * (-len(text) % 8)

@@ -5,11 +5,13 @@ names only, so that ``trilobe --help`` loads neither numpy nor the loop. Data go
 codes: 0 done, 1 error, 2 wrong usage, 3 a check or a monitor said no.
 """
 
+from typing import Any
+
 import click
 
 from trilobe import __version__
 
-# The first sentence of each verb's docstring (a test holds them equal); the order is that of the loop.
+# What the first sentence of each verb's docstring says, in a line; the order is that of the loop.
 VERBS = {
     "init": "Start a project: write trilobe.toml and create the store.",
     "add": "Add examples: files, or folders with everything in them.",
@@ -23,7 +25,7 @@ VERBS = {
     "serve": "Put a bundle behind an endpoint name, or replace what is behind it.",
     "monitor": "Hold what an endpoint captured against the baseline in its bundle, and keep what is found.",
     "explain": "Show what a model looked at: heat maps of captures that caused a finding, beside clean ones.",
-    "run": "The loop until accuracy reaches the goal or the budget is spent; then check and package.",
+    "run": "Ask, answer, train, evaluate until a goal or a budget is reached; then check and package.",
     "report": "Write everything there is to tell as one HTML page.",
     "show": "Show where a project stands, or one thing in it.",
     "export": "Write labels, answers, open questions or the model to a file.",
@@ -60,6 +62,19 @@ class Verbs(click.Group):
         """The list of ``--help``, from the names alone."""
         with formatter.section("Commands, in the order of the loop"):
             formatter.write_dl(list(VERBS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does it; a wrong call is told on stdout as well when ``--json`` stands in it."""
+        asked = {*ctx.args, *getattr(ctx, "_protected_args", ())}
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as e:
+            if "--json" in asked:
+                import json
+
+                what = {"error": "UsageError", "problem": e.format_message(), "expected": "", "next": "--help"}
+                click.echo(json.dumps(what, indent=2))
+            raise
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

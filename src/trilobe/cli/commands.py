@@ -5,6 +5,7 @@ sections Args and Example, which appear in ``--help`` as they stand.
 """
 
 import inspect
+import io
 import json
 import logging
 import re
@@ -16,7 +17,7 @@ from typing import Any
 
 import click
 
-from trilobe.errors import TrilobeError
+from trilobe.errors import TrilobeError, UsageError
 
 SHORT = {"project": "-p", "n": "-n"}
 
@@ -31,8 +32,10 @@ def command(name: str) -> click.Command:
         function = getattr(loop, name)
     doc = inspect.getdoc(function) or ""
     summary, args, example = read_docstring(doc)
+    signature = list(inspect.signature(function, eval_str=True).parameters.values())
+    first = [p.name for p in signature].index("project")
     parameters = [
-        *(_parameter(p, args.get(p.name, "")) for p in inspect.signature(function, eval_str=True).parameters.values()),
+        *(_parameter(p, args.get(p.name, ""), positional=i < first) for i, p in enumerate(signature)),
         click.Option(["--json", "as_json"], is_flag=True, help="print the result as JSON, for machines"),
     ]
     positional = "\n".join(f"  {p.human_readable_name}: {args[p.name or '']}" for p in parameters
@@ -60,15 +63,17 @@ def read_docstring(doc: str) -> tuple[str, dict[str, str], str]:
     return parts[0].strip(), args, "\n".join(f"  {line}" for line in lines)
 
 
-def _parameter(p: inspect.Parameter, text: str) -> click.Parameter:
+def _parameter(p: inspect.Parameter, text: str, positional: bool) -> click.Parameter:
     kind, many = _kind(p.annotation)
     required = p.default is inspect.Parameter.empty
-    if p.name in ("paths", "answers", "bundle", "what"):
+    if positional:
         return click.Argument([p.name], type=kind, nargs=-1 if many else 1, required=required,
                               default=None if required or many else p.default)  # fmt: skip
-    flags = [f"--{p.name.replace('_', '-')}", *([SHORT[p.name]] if p.name in SHORT else [])]
+    name = p.name.replace("_", "-")
     if kind is bool:
-        return click.Option(flags, is_flag=True, help=text)
+        switch = f"--{name}/--no-{name}" if p.default else f"--{name}"
+        return click.Option([switch], is_flag=True, default=p.default, help=text, show_default=bool(p.default))
+    flags = [f"--{name}", *([SHORT[p.name]] if p.name in SHORT else [])]
     shown = p.default not in (None, "", ()) and not required
     return click.Option(flags, type=kind, default=None if many else p.default, help=text, show_default=shown)
 
@@ -130,7 +135,14 @@ def _callback(function: Callable[..., Any]) -> Callable[..., None]:
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.default == () and name not in given:
                 given[name] = ()
+        for stream in (sys.stdout, sys.stderr):  # a file name may be no text
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
+            if as_json and given.get("to") == "-":
+                raise UsageError(
+                    "--json while the data itself goes to stdout", expected="--json with --to FILE, or without"
+                )
             with Terminal() as terminal, listening(terminal):
                 result = function(**given)
         except TrilobeError as e:
@@ -139,7 +151,8 @@ def _callback(function: Callable[..., Any]) -> Callable[..., None]:
         except KeyboardInterrupt:
             click.echo("interrupted; what was acknowledged is kept, run it again to go on", err=True)
             sys.exit(130)
-        click.echo(json.dumps(plain(result), indent=2) if as_json else words(function.__name__, result))
+        if text := json.dumps(plain(result), indent=2) if as_json else words(function.__name__, result):
+            click.echo(text)
         sys.exit(exit_code(result))
 
     return call
@@ -150,4 +163,4 @@ def _complain(e: TrilobeError, as_json: bool) -> None:
         what = {"error": type(e).__name__, "problem": e.problem, "expected": e.expected, "next": e.hint}
         click.echo(json.dumps(what, indent=2))
     style = click.style(f"{type(e).__name__}: ", fg="red", bold=True)
-    click.echo(style + str(e).encode("utf-8", "replace").decode(), err=True)
+    click.echo(style + str(e), err=True)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 
 def plain(value: Any) -> Any:
@@ -90,7 +91,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         numbers = bool(rows) and all(isinstance(r[i], int | float) or str(r[i])[:1].isdigit() for r in rows)
         made.add_column(name, justify="right" if numbers else "left")
     for row in rows:
-        made.add_row(*[str(cell).encode("utf-8", "replace").decode() for cell in row])
+        made.add_row(*[Text(str(cell).encode("utf-8", "replace").decode()) for cell in row])  # no markup
     console = Console(width=140, no_color=True, highlight=False)
     with console.capture() as captured:
         console.print(made)

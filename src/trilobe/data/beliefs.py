@@ -297,9 +297,9 @@ class DawidSkene:
 
     The E-step is :func:`posterior`. The M-step counts, for each annotator, how often truth k was perceived as l: an
     answer that is a set spreads its count over the classes in it, in proportion to what the annotator was likely to
-    perceive (the set of all classes counts for nothing). ``smoothing`` adds that many imagined answers per true class to each annotator, most of them right
-    (a Dirichlet prior, so this is a MAP estimate): who answered little is judged cautiously. The penalized
-    log-likelihood never falls from one round to the next (a property test holds it).
+    perceive (the set of all classes counts for nothing). ``smoothing`` adds that many imagined answers per true class
+    to each annotator, most of them right (a Dirichlet prior, so this is a MAP estimate): who answered little is judged
+    cautiously. The penalized log-likelihood never falls from one round to the next (a property test holds it).
 
     Args:
         tie: ``"annotator"`` gives everyone a confusion matrix (Dawid and Skene 1979), ``"one_coin"`` an accuracy.

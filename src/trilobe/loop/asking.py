@@ -10,10 +10,10 @@ import numpy as np
 
 from trilobe.data.beliefs import AnswerTable, DawidSkene, log_likelihood, majority_vote, symmetric_confusion
 from trilobe.data.query import Selection, select
-from trilobe.errors import AnswerError, NotEnoughData, UsageError
+from trilobe.errors import NotEnoughData, UsageError
 from trilobe.loop.project import Project, annotators, digest, opened, positive, seed_of, tell
 from trilobe.loop.tables import make_answer, take_answers
-from trilobe.types import GOLD, Answer, Belief, Example, Finding, FloatArray, Question, Response
+from trilobe.types import GOLD, Belief, Example, Finding, FloatArray, Question, Response
 
 Answerer = Callable[[Question, Example, str], tuple[Response, float] | None]
 """Somebody who answers: (question, example, annotator) -> (response, seconds), or None to stop."""
@@ -85,10 +85,8 @@ def query(
         else:
             candidates, chosen = _from_pool(p, n, strategy, seed)
             people = ()
-        if each > (named := len(people or p.config.query.annotators)):
-            tell(f"each question is asked once, of {named or 'whoever comes'}, not {each} times: "
-                 "name people in query.annotators") if not named else tell(
-                f"each question goes to the {named} people there are, not to {each}")
+        if each > (n_people := len(people or p.config.query.annotators) or 1):
+            tell(f"each question is asked of {n_people}, not of {each}: name the people in query.annotators")
         questions = []
         for at, score in zip(chosen.index, chosen.score, strict=True):
             id_ = digest("question", candidates[at].id, round_)[:16]
@@ -213,7 +211,9 @@ def _ask(p: Project, answerer: Answerer, annotator: str, n: int | None) -> int:
         reply = answerer(q, examples[q.example_id], who)
         if reply is None:
             return done
-        p.store.add_answers([make_answer(q, who, *reply, time.time())])
+        answer = make_answer(q, who, *reply, time.time())
+        p.task.possible(answer, p.space)  # what fits no class must not get into a record that is never edited
+        p.store.add_answers([answer])
         tell("answering", done + 1, len(todo))
     return len(todo)
 
@@ -272,7 +272,7 @@ def _believe(p: Project, table: AnswerTable, method: str) -> tuple[list[Belief],
 def _model_prior(p: Project, table: AnswerTable) -> FloatArray | None:
     """The model's opinion on each example, never one it formed by training on that example's answers."""
     model = p.newest_model()
-    if model is None:
+    if model is None or model.space.names != p.space.names:
         return None
     X = p.encode(p.store.examples(ids=table.examples))
     order = [e.id for e in p.store.examples(ids=table.examples)]
@@ -292,10 +292,8 @@ def pack_beliefs(beliefs: Sequence[Belief]) -> bytes:
     priors = [np.broadcast_to(b.prior, r.shape) for b, r in zip(beliefs, rows, strict=True)]
     starts = np.cumsum([0, *(len(r) for r in rows)])
     flat = np.array([b.likelihood.ndim == 1 for b in beliefs])
-    meta = {
-        "examples": json.dumps([b.example_id for b in beliefs]),
-        "counts": json.dumps([b.n_answers for b in beliefs]),
-    }
+    # One key: safetensors writes several in random order, and the same beliefs must be the same bytes.
+    meta = {"answers": json.dumps([[b.example_id, b.n_answers] for b in beliefs])}
     return save(
         {"likelihood": np.concatenate(rows), "prior": np.concatenate(priors).copy(), "starts": starts, "flat": flat},
         meta,
@@ -316,7 +314,7 @@ def unpack_beliefs(data: bytes) -> list[Belief]:
     found = load(data)
     meta = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     beliefs = []
-    for i, (id_, n) in enumerate(zip(json.loads(meta["examples"]), json.loads(meta["counts"]), strict=True)):
+    for i, (id_, n) in enumerate(json.loads(meta["answers"])):
         lo, hi = found["starts"][i], found["starts"][i + 1]
         at = lo if found["flat"][i] else slice(lo, hi)
         beliefs.append(Belief(id_, found["likelihood"][at], found["prior"][at], n))

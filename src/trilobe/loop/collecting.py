@@ -1,17 +1,17 @@
 """``init`` and ``add``: a project comes into being, and examples come into it."""
 
-import csv
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trilobe.config import FILE, parse
-from trilobe.errors import NotFoundError, StorageError, UnreadableExample, UsageError
+from trilobe.config import FILE, load, parse
+from trilobe.errors import AnswerError, NotFoundError, StorageError, UnreadableExample, UsageError
 from trilobe.files import write_atomically
 from trilobe.infrastructure.store import Store
 from trilobe.loop.project import STATE, Project, digest, opened, tell
+from trilobe.loop.tables import read_table
 from trilobe.types import GOLD, Answer, Example, Question, Response, Split
 
 TEMPLATE = """\
@@ -84,16 +84,22 @@ def init(
     Example:
         trilobe init --project signs --labels stop,yield,go
     """
+    if isinstance(labels, str):
+        raise UsageError(f"labels = {labels!r}", expected='a list of names: labels=["cat", "dog"]')
     folder = Path(project)
     path = folder / FILE
     if not path.exists():
-        plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in name or folder.resolve().name).strip("-._")
+        wanted = name or folder.resolve().name
+        plain = "".join(c if (c.isascii() and c.isalnum()) or c in "._-" else "-" for c in wanted).strip("-._")
         quoted = ", ".join('"' + label.replace("\\", "\\\\").replace('"', '\\"') + '"' for label in labels)
         text = TEMPLATE.format(name=plain or "project", task=task, seed=seed, labels=quoted)
-        parse(text, FILE)
+        parsed = parse(text, FILE)
+        _ = parsed.space if labels else None  # one class only, or one class twice, is an error now rather than later
         write_atomically(path, text.encode())
         tell(f"wrote {path}")
-    settings = parse(path.read_text("utf-8"), str(path))
+    settings = load(folder)
+    if labels and tuple(labels) != settings.labels.names:
+        tell(f"{path} was there already and stays as it is; its labels.names are {list(settings.labels.names)}")
     try:
         (folder / STATE).mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -103,7 +109,7 @@ def init(
 
 
 def add(
-    paths: Sequence[Path | str],
+    paths: Path | str | Sequence[Path | str],
     project: "Project | Path | str" = ".",
     split: Split = "pool",
     labels: str = "",
@@ -115,11 +121,12 @@ def add(
     file format, or in the other split, is recognized and goes in once.
 
     Args:
-        paths: files and folders.
+        paths: files and folders (in Python also a single one).
         project: the project's folder.
         split: "pool" to learn from, "test" to be held out.
         labels: the truth, where it is known: "folders" (each file's folder is its class), or a CSV file with the
-            columns example (file name) and label. It is kept as answers of the annotator "gold".
+            columns example (file name, or the end of its path) and label. It is kept as answers of the annotator
+            "gold", also of examples that are there already.
         source: a remark on where they come from.
 
     Returns:
@@ -135,41 +142,40 @@ def add(
     if split not in ("pool", "test"):
         raise UsageError(f"split {split!r}", expected="'pool' or 'test'")
     with opened(project) as p:
-        truth = _truth_table(labels)
-        files = list(_files(paths, p.task.suffixes))
+        files = list(_files([paths] if isinstance(paths, Path | str) else paths, p.task.suffixes))
+        truth = _truth(p, files, labels)
         examples: list[Example] = []
         contents: dict[str, str] = {}
         refused: dict[str, str] = {}
-        gold: dict[str, str] = {}
         now = time.time()
         for i, path in enumerate(files):
             try:
                 data = path.read_bytes()
                 item = p.task.decode(data, p.config)
-                id_ = p.store.blobs.put(data)
             except UnreadableExample as e:
                 refused[str(path)] = str(e)
                 continue
             except OSError as e:
                 refused[str(path)] = f"cannot be read: {e.strerror}"
                 continue
-            examples.append(Example(id_, str(path), split, source, {}, now))
-            contents[id_] = p.task.content(item)
-            if label := truth.get(path.name, path.parent.name if labels == "folders" else ""):
-                p.space.index(label)
-                gold[id_] = label
+            examples.append(Example(p.store.blobs.put(data), str(path), split, source, {}, now))
+            contents[examples[-1].id] = p.task.content(item)
             if i % 50 == 49 or i + 1 == len(files):
                 tell("adding", i + 1, len(files))
-        return _add(p, examples, contents, refused, gold)
+        return _add(p, examples, contents, refused, truth)
 
 
 def _add(
-    p: Project, examples: list[Example], contents: dict[str, str], refused: dict[str, str], gold: dict[str, str]
+    p: Project, examples: list[Example], contents: dict[str, str], refused: dict[str, str], truth: Mapping[str, str]
 ) -> Added:
     with p.store.transaction():
         added, again = p.store.add_examples(examples, contents)
-        new = {e.id for e in added}
-        record_truth(p, {k: v for k, v in gold.items() if k in new})
+        there = {e.id: e.split for e in p.store.examples(ids=[first for _, first in again])}
+        gold = {e.id: truth[e.name] for e in added if e.name in truth}
+        for e, first in again:  # a truth told later counts, but never for the other split
+            if e.name in truth and there[first] == e.split:
+                gold.setdefault(first, truth[e.name])
+        labeled = record_truth(p, gold)
     if not added and not again:
         raise NotFoundError(
             f"none of {len(refused)} files could be added" if refused else "no files of a known kind were found",
@@ -177,13 +183,12 @@ def _add(
             hint=next(iter(refused.values()), "name a folder that holds some"),
         )
     for name, reason in refused.items():
-        tell(f"refused {name.encode('utf-8', 'replace').decode()}: {reason}")
-    duplicates = {e.name: id_ for e, id_ in again}
-    return Added(tuple(e.id for e in added), duplicates, refused, len(new & set(gold)))
+        tell(f"refused {name}: {reason}")
+    return Added(tuple(e.id for e in added), {e.name: first for e, first in again}, refused, labeled)
 
 
-def record_truth(p: Project, truth: Mapping[str, str]) -> None:
-    """Keep what is known for certain, example id -> class name, as answers of the annotator ``gold``."""
+def record_truth(p: Project, truth: Mapping[str, str]) -> int:
+    """Keep what is known for certain, example id -> class name, as answers of the annotator ``gold``: how many new."""
     questions = [
         Question(digest("truth", id_)[:16], id_, strategy="truth.v1", reason="known beforehand") for id_ in truth
     ]
@@ -192,31 +197,45 @@ def record_truth(p: Project, truth: Mapping[str, str]) -> None:
         for id_, label in truth.items()
     ]
     p.store.add_questions(questions)
-    p.store.add_answers(answers)
+    return p.store.add_answers(answers)
 
 
-def read_table(path: Path | str, needed: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header; ``needed`` columns must be there. Errors name the file and the column."""
-    path = Path(path)
-    try:
-        text = path.read_text("utf-8-sig")
-    except FileNotFoundError:
-        raise NotFoundError(f"no file {path}", expected="a CSV file") from None
-    except (UnicodeDecodeError, OSError) as e:
-        raise UsageError(f"{path} cannot be read: {e}", expected="a CSV file in UTF-8") from e
-    rows = list(csv.DictReader(text.splitlines()))
-    have = list(rows[0]) if rows else []
-    if missing := [c for c in needed if c not in have]:
-        raise UsageError(
-            f"{path} has the columns {have}", expected=f"also {missing}", hint=f"first line: {','.join(needed)}"
-        )
-    return rows
-
-
-def _truth_table(labels: str) -> dict[str, str]:
-    if labels in ("", "folders"):
+def _truth(p: Project, files: Sequence[Path], labels: str) -> dict[str, str]:
+    """File -> class, as far as it is known. Every class must be one of the project's; the error names the file."""
+    if not labels:
         return {}
-    return {Path(row["example"]).name: row["label"].strip() for row in read_table(labels, ["example", "label"])}
+    truth = {str(f): f.parent.name for f in files} if labels == "folders" else _truth_table(files, labels)
+    for name, label in truth.items():
+        try:
+            p.space.index(label)
+        except AnswerError as e:
+            raise AnswerError(f"{name}: {e.problem}", expected=e.expected, hint=e.hint) from e
+    return truth
+
+
+def _truth_table(files: Sequence[Path], table: str) -> dict[str, str]:
+    """File -> class from a CSV file, where an example is named by its file name or by the end of its path."""
+    by_name: dict[str, list[Path]] = {}
+    for f in files:
+        by_name.setdefault(f.name, []).append(f)
+    truth: dict[str, str] = {}
+    unknown = 0
+    for line, row in read_table(table, ["example", "label"]):
+        wanted, label = Path(row["example"].strip()), row["label"].strip()
+        meant = [f for f in by_name.get(wanted.name, []) if f.parts[-len(wanted.parts) :] == wanted.parts]
+        unknown += not meant
+        if len(meant) > 1:
+            raise AnswerError(
+                f"{table}:{line}: {row['example']!r} may mean {len(meant)} files",
+                expected="enough of the path to tell them apart",
+                hint=f"for example {'/'.join(meant[0].parts[-2:])}",
+            )
+        for f in meant:
+            if truth.setdefault(str(f), label) != label:
+                raise AnswerError(f"{table}:{line}: {f.name} is {truth[str(f)]!r} and {label!r}", expected="one class")
+    if unknown:
+        tell(f"{unknown} rows of {table} name no file that was added")
+    return truth
 
 
 def _files(paths: Sequence[Path | str], suffixes: frozenset[str]) -> Iterator[Path]:
@@ -225,9 +244,12 @@ def _files(paths: Sequence[Path | str], suffixes: frozenset[str]) -> Iterator[Pa
         raise UsageError("nothing to add", expected="files or folders", hint="trilobe add photos/")
     for path in map(Path, paths):
         if path.is_dir():
-            found = [Path(top) / name for top, _, names in os.walk(path) for name in names]
-            yield from sorted((f for f in found if f.suffix.lower() in suffixes), key=os.fsencode)
-        elif path.exists():
+            found: list[Path] = []
+            for top, folders, names in os.walk(path):
+                folders[:] = [f for f in folders if f != STATE]  # what this program keeps is no new example
+                found += [f for f in (Path(top) / name for name in names) if f.suffix.lower() in suffixes]
+            yield from sorted((f for f in found if f.is_file()), key=os.fsencode)
+        elif path.is_file():
             yield path
         else:
             raise NotFoundError(f"no file or folder {path}", expected="an existing path")

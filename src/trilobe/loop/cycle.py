@@ -99,7 +99,9 @@ def _turn(
                 return "budget"
             if asked >= rounds:
                 return "rounds"
-        left = max(1, (budget - len(said)) // max(1, p.config.query.answers))
+        each = min(p.config.query.answers, len(p.config.query.annotators) or 1)
+        if (left := (budget - len(said)) // each) < 1:
+            return "budget"
         try:
             query(p, min(left, p.config.query.n if said else p.config.query.first), strategy)
         except NotEnoughData:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilobe.config import as_dict
-from trilobe.errors import NotEnoughData
+from trilobe.errors import NotEnoughData, UsageError
 from trilobe.loop.asking import aggregate, unpack_beliefs
 from trilobe.loop.project import Project, digest, opened, seed_of, tell
 from trilobe.statistics import softmax
@@ -155,6 +155,12 @@ def evaluate(project: "Project | Path | str" = ".", model: str = "") -> list[Evi
 
 def held_out(p: Project, model: Model) -> tuple[FloatArray, NDArray[np.intp], str]:
     """Predictions the model did not train for, the labels to hold them against, and what they are."""
+    if model.space.names != p.space.names:
+        raise UsageError(
+            f"model {model.id} knows the classes {list(model.space.names)}",
+            expected=f"those of labels.names, {list(p.space.names)}",
+            hint="trilobe train, or restore labels.names",
+        )
     examples, labels = p.truth("test")
     if examples:
         return p.predict(model, p.encode(examples)), labels, "held-out test part"

@@ -101,13 +101,15 @@ def package(project: "Project | Path | str" = ".", model: str = "", allow_failed
     """
     from trilobe.infrastructure.monitor import Baseline
     from trilobe.trust.card import model_card
-    from trilobe.trust.checks import require, verdict
+    from trilobe.trust.checks import gate, require, verdict
 
     with opened(project) as p:
         chosen = p.store.model(model or None)
         evidence = p.store.evidence(chosen.id)
         if not any(e.check == "parity" for e in evidence):
             evidence = check(p, chosen.id)
+        evidence = gate(evidence, p.config.check.gates)  # they may have changed since the check
+        p.store.add_evidence(chosen.id, evidence)
         if not allow_failed:
             require(evidence)
         proba, _, on = held_out(p, chosen)
@@ -193,7 +195,10 @@ def serve(
             raise UsageError(f"capture = {capture}", expected="a share from 0 to 1")
         if _running(folder):
             tell(f"replacing what is behind {name!r}")
-            return endpoints.replace(folder, chosen.path)
+            replaced = endpoints.replace(folder, chosen.path)
+            if port and not replaced.url.endswith(f":{port}"):
+                tell(f"it stays at {replaced.url}; to move it, trilobe serve --stop first")
+            return replaced
         endpoints.deploy(folder, chosen.path)
         if background:
             where = [

@@ -38,8 +38,9 @@ def tell_story(p: Project, **parts: Any) -> None:
 def story(p: Project) -> page.ReportData:
     """Everything the project can tell so far."""
     told = {k.removeprefix("told/"): v for k, v in p.store.journal("told/").items()}
-    models = p.store.models()
-    model = models[-1] if models else None
+    model = p.newest_model()
+    if model and model.space.names != p.space.names:
+        model = None  # labels.names has changed since; its figures would be about other classes
     return page.ReportData(
         title=p.config.project.name,
         verdict=str(told.get("verdict", "")),

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trilobe.config import as_dict
-from trilobe.errors import NotEnoughData, NotFoundError, TrilobeError, UsageError
+from trilobe.errors import NotEnoughData, NotFoundError, UsageError
 from trilobe.files import write_atomically
 from trilobe.infrastructure import endpoint as endpoints
 from trilobe.loop.asking import unpack_beliefs
 from trilobe.loop.project import Project, annotators, opened, tell
+from trilobe.types import GOLD
 
 Kept = Literal["labels", "answers", "questions", "model"]
 
@@ -50,14 +51,15 @@ def show(what: str = "", project: "Project | Path | str" = ".") -> dict[str, Any
 
 
 def _overview(p: Project) -> dict[str, Any]:
-    questions, model = p.store.questions(), p.newest_model()
-    said = p.store.answers()
+    questions, model = [q for q in p.store.questions() if q.strategy != "truth.v1"], p.newest_model()
+    pool = {e.id for e in p.store.examples("pool")}
+    said = [a for a in p.store.answers() if a.example_id in pool]
     out: dict[str, Any] = {
         "project": p.config.project.name,
         "examples": p.store.count_examples(),
         "questions": {"asked": len(questions), "open": len(p.store.questions(open_only=True))},
         "answers": {"current": len(said), "superseded": p.store.count_superseded()},
-        "annotators": len({a.annotator for a in said}),
+        "annotators": len({a.annotator for a in said} - {GOLD}),
         "model": _brief(model) if model else None,
         "evidence": {e.check: e.figure for e in p.store.evidence(model.id)} if model else {},
         "bundles": [b.id for b in p.store.bundles()],
@@ -92,10 +94,8 @@ def _next(p: Project, now: Mapping[str, Any]) -> str:
 
 def _one(p: Project, what: str) -> dict[str, Any]:
     for kind, get in (("model", p.store.model), ("bundle", p.store.bundle), ("finding", p.store.finding)):
-        try:
+        with contextlib.suppress(NotFoundError):
             return {kind: _fields(get(what))}
-        except TrilobeError:
-            continue
     hits = [e for e in p.store.examples() if e.id.startswith(what) or e.name == what or Path(e.name).name == what]
     if len(hits) != 1:
         raise NotFoundError(
@@ -179,7 +179,7 @@ def _labels(p: Project) -> Iterator[dict[str, Any]]:
     names = {e.id: e.name for e in p.store.examples("pool")}
     kept = p.store.recorded("aggregate")
     if not kept:
-        raise NotEnoughData("nothing is aggregated yet", hint="trilobe aggregate")
+        raise NotEnoughData("there are no labels to export", hint=_next(p, _overview(p)))
     for b in unpack_beliefs(p.store.blobs.get(kept["beliefs"])):
         best = int(b.proba.argmax(axis=-1))
         yield {"example": b.example_id, "name": names.get(b.example_id, ""), "label": p.space.names[best],
@@ -208,7 +208,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> bytes:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue().encode("utf-8", "surrogateescape")
+    return text.getvalue().encode("utf-8", "backslashreplace")  # a file name may be no text
 
 
 def report(project: "Project | Path | str" = ".", to: str = "") -> Path:

@@ -41,7 +41,8 @@ def terminal_answerer(
                 if question.choices and text.lower() in ("y", "yes", "n", "no"):
                     said = Response("one_of" if text.lower().startswith("y") else "not", question.choices)
                 else:
-                    said = parse_label("|".join(names.get(t.strip(), t.strip()) for t in text.split("|")))
+                    no, text = ("not:", text[4:]) if text.startswith("not:") else ("", text)
+                    said = parse_label(no + "|".join(names.get(t.strip(), t.strip()) for t in text.split("|")))
                 said.possible(p.space)
             except AnswerError as e:
                 show(f"{e}\n")

@@ -34,7 +34,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
         max_pixels: larger images are refused from their header, before any memory is taken.
 
     Returns:
-        ``(height, width, channels)`` uint8, channels 1 (gray) or 3 (RGB).
+        ``(height, width, channels)`` uint8, channels 1 (gray, or only grays in a palette) or 3 (RGB, or stored as RGB).
 
     Raises:
         UnreadableExample: empty, damaged, truncated, not an image, or too large.
@@ -76,15 +76,15 @@ def _to_pixels(image: Image.Image) -> Pixels:
     if image.mode.startswith("I;16") or image.mode == "I":
         wide = np.asarray(image).astype(np.int64)
         return (np.clip(wide, 0, 65535) // 257).astype(np.uint8)[:, :, None]
-    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+    stored = image.mode
+    if stored in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        gray = np.asarray(image)
-        if (gray[..., 0] == gray[..., 1]).all() and (gray[..., 1] == gray[..., 2]).all():
-            return np.ascontiguousarray(gray[:, :, :1])
-    mode = "L" if image.mode in ("1", "L", "F") else "RGB"
-    pixels = np.asarray(image.convert(mode))
-    return np.ascontiguousarray(pixels[:, :, None] if pixels.ndim == 2 else pixels)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    elif stored in ("1", "L", "F"):
+        return np.array(image.convert("L"))[:, :, None]
+    pixels = np.array(image.convert("RGB"))
+    gray = stored != "RGB" and (pixels == pixels[:, :, :1]).all()
+    return np.ascontiguousarray(pixels[:, :, :1]) if gray else pixels
 
 
 def encode_png(pixels: Pixels) -> bytes:

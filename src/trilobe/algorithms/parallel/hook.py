@@ -1,0 +1,467 @@
+"""Gradient compression for DDP, in two lines: ``state = State().attach(model)`` and
+``model.register_comm_hook(state, majority_vote_hook)``. A hook is compressor x memory x communicator, chosen in one
+frozen ``Choices``. The bits are made in ``codec`` and ``compressors``; here they are exchanged and put together.
+
+A message is one row of bytes: a float32 scale, an int32 flag, what the compressor wrote, zeros up to a multiple of
+eight. The flag tells whether the sender votes, abstains (its vector is all zero), or met a number that is not finite,
+and in which parameter: so every worker stops with the same message instead of waiting for one that stopped.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+from torch.futures import Future
+
+from trilobe.algorithms.parallel.codec import majority
+from trilobe.algorithms.parallel.compressors import COMPRESSORS, SIGNS, Encoding
+from trilobe.algorithms.parallel.memory import Memory
+from trilobe.errors import TrainingError, UsageError
+
+HEADER = 8  # bytes: scale and flag
+VOTES, ABSTAINS = 0, -1  # flags; k > 0: the bucket's k-th parameter has a gradient that is not finite
+FORMAT = "trilobe.parallel.v1"
+
+CompressorName = Literal["none", "sign", "stochastic_sign", "quantize", "top_k"]
+MemoryName = Literal["none", "error_feedback", "momentum"]
+CommunicatorName = Literal["all_reduce", "all_gather", "two_phase"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """How gradients are compressed, what is remembered, how it travels, and what is made of it. The default is the
+    majority vote.
+
+    compressor
+        ``sign``, ``stochastic_sign``: one bit a coordinate. ``quantize``: 4 or 8 bits (``levels`` up to 7, or up to
+        127). ``top_k``: 64 bits for each of the ``ratio`` largest. ``none``: 32 bits.
+    scaled
+        Send a scale with the signs, so that the result has the size of a gradient. Without it the result is -1 or 1.
+    memory
+        ``error_feedback``: what compression lost is added to the next gradient (Seide et al. 2014; Karimireddy et al.
+        2019, algorithm 1, with the learning rate left to the optimizer). ``momentum``: an exponential average of
+        gradients (``beta``) is sent in their place (Signum: Bernstein et al. 2018, algorithm 2).
+    communicator
+        ``two_phase``: every worker collects one chunk from all, puts it together and sends the outcome to all: what
+        a worker receives does not grow with their number. ``all_gather``: everybody sends everything to everybody.
+        ``all_reduce``: the sum as DDP makes it, for ``compressor="none"``.
+    aggregate
+        ``vote``: each coordinate takes the sign of most workers, times the median of their scales; a minority may lie
+        about its gradients (in ``two_phase`` each worker is trusted to count its chunk). A tie goes to the worker that
+        counts (``all_gather``: to each in turn, step by step), so it is as unbiased as that worker's gradient.
+        ``mean``: the average, compressed again when ``two_phase`` sends it out (with a second error memory at the
+        worker that averages: Tang et al. 2019, arXiv 1905.05957, algorithm 1).
+
+    >>> Choices(memory="momentum").aggregate
+    'vote'
+    """
+
+    compressor: CompressorName = "sign"
+    memory: MemoryName = "none"
+    communicator: CommunicatorName = "two_phase"
+    aggregate: Literal["vote", "mean"] = "vote"
+    scaled: bool = False
+    beta: float = 0.9
+    levels: int = 7
+    ratio: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("compressor", tuple(COMPRESSORS)),
+            ("memory", ("none", "error_feedback", "momentum")),
+            ("communicator", ("all_reduce", "all_gather", "two_phase")),
+            ("aggregate", ("vote", "mean")),
+        ):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} {getattr(self, name)!r}", expected=f"one of {', '.join(known)}")
+        for name, low, high in (("beta", 0, 0.9999), ("levels", 1, 127), ("ratio", 0, 1)):
+            if not low <= getattr(self, name) <= high:
+                raise UsageError(f"{name} {getattr(self, name)}", expected=f"{low} to {high}")
+        signs = self.compressor in SIGNS
+        if self.aggregate == "vote" and not signs:
+            raise UsageError(f"a vote on {self.compressor!r}", expected="signs", hint='aggregate="mean"')
+        if self.memory == "error_feedback" and signs and not self.scaled:
+            raise UsageError(
+                "error feedback on signs without a scale", expected="what is sent to be near it", hint="scaled=True"
+            )
+        if self.memory == "error_feedback" and self.compressor == "none":
+            raise UsageError("error feedback without compression", expected="a compressor that loses something")
+        if self.communicator == "all_reduce" and self.compressor != "none":
+            raise UsageError(
+                f"an all-reduce of {self.compressor!r}", expected="numbers that add up", hint='communicator="two_phase"'
+            )
+
+
+MAJORITY_VOTE = Choices()
+SIGNUM = Choices(memory="momentum")
+EF_VOTE = Choices(memory="error_feedback", scaled=True)
+EF_SIGN = Choices(memory="error_feedback", scaled=True, aggregate="mean")
+STOCHASTIC_VOTE = Choices(compressor="stochastic_sign")
+QSGD = Choices(compressor="quantize", aggregate="mean")
+EF_TOP_K = Choices(compressor="top_k", memory="error_feedback", aggregate="mean")
+PLAIN = Choices(compressor="none", communicator="all_reduce", aggregate="mean")
+PRESETS: Mapping[str, Choices] = {
+    "plain": PLAIN,
+    "majority_vote": MAJORITY_VOTE,
+    "signum": SIGNUM,
+    "ef_vote": EF_VOTE,
+    "ef_sign": EF_SIGN,
+    "stochastic_vote": STOCHASTIC_VOTE,
+    "qsgd": QSGD,
+    "ef_top_k": EF_TOP_K,
+}
+
+
+@dataclass(slots=True)
+class Meter:
+    """Bytes that this worker's hook handed to the network and took from it, and the steps it ran; without the
+    headers of the transport. An all-reduce is counted as a ring."""
+
+    sent: int = 0
+    received: int = 0
+    steps: int = 0
+
+    def per_step(self) -> float:
+        """Bytes sent in a step.
+
+        >>> Meter(sent=300, received=300, steps=2).per_step()
+        150.0
+        """
+        return self.sent / max(self.steps, 1)
+
+
+class State:
+    """What one worker's hook keeps between calls: its choices, memory, random generator and byte meter.
+
+    >>> state = State(EF_SIGN).attach(torch.nn.Linear(2, 1))
+    >>> state.meter.sent
+    0
+    """
+
+    def __init__(self, choices: Choices = MAJORITY_VOTE, group: "dist.ProcessGroup | None" = None, seed: int = 0):
+        self.choices, self.group, self.seed = choices, group, seed
+        self.meter = Meter()
+        self.step = 0
+        self.parameters: dict[str, Tensor] = {}
+        self.names: dict[int, str] = {}
+        self.worker, self.owner = Memory(), Memory()  # of what was sent, and of what was averaged and sent out
+        self._generator: torch.Generator | None = None
+
+    def attach(self, model: torch.nn.Module) -> "State":
+        """Learn the names of ``model``'s parameters (a DDP module or what it wraps), for errors and checkpoints."""
+        self.parameters = {name.removeprefix("module."): p for name, p in model.named_parameters()}
+        self.names = {id(p): name for name, p in self.parameters.items()}
+        return self
+
+    def encoding(self, device: torch.device) -> Encoding:
+        """What a compressor needs to know at this step."""
+        if self._generator is None:
+            rank = dist.get_rank(self.group)
+            self._generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + rank)
+        c = self.choices
+        return Encoding(self._generator, self.step % 2 == 1, c.scaled, c.levels, c.ratio)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later :meth:`load_state_dict` needs to go on as if nothing had happened: tensors by parameter
+        name, on the CPU. Every worker keeps its own. Resuming is exact where DDP's buckets are those of the
+        interrupted run; elsewhere nothing is lost, but ties and scales fall differently."""
+        self._require_names()
+        generator = None if self._generator is None else self._generator.get_state()
+        return {
+            "format": FORMAT,
+            "choices": asdict(self.choices),
+            "step": self.step,
+            "generator": generator,
+            "worker": self.worker.named(self.names),
+            "owner": self.owner.named(self.names),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from ``saved``. Raises UsageError for other choices, TrainingError for another model."""
+        self._require_names()
+        if saved.get("format") != FORMAT or saved["choices"] != asdict(self.choices):
+            came = saved.get("choices") if saved.get("format") == FORMAT else f"format {saved.get('format')!r}"
+            raise UsageError(f"a saved state with {came}", expected=f"{FORMAT} with {asdict(self.choices)}")
+        self.worker.load(saved["worker"], self.parameters)
+        self.owner.load(saved["owner"], self.parameters)
+        self.step = saved["step"]
+        if saved["generator"] is not None:
+            device = next(iter(self.parameters.values())).device
+            self._generator = torch.Generator(device)
+            self._generator.set_state(saved["generator"])
+
+    def _require_names(self) -> None:
+        if not self.names:
+            raise UsageError("a state that knows no parameter names", expected="names", hint="state.attach(model)")
+
+
+def majority_vote_hook(state: State, bucket: GradBucket) -> Future[Tensor]:
+    """DDP hook: every coordinate becomes the sign of most workers' gradients, -1 or 1 (Bernstein et al. 2018, 2019:
+    arXiv 1802.04434 algorithm 3, arXiv 1810.05291 algorithm 1). Choose a learning rate as for Adam, and plain SGD.
+
+    Raises TrainingError on every worker, with the parameter's name, where a gradient is not finite.
+
+    >>> import torch.distributed as dist, tempfile
+    >>> from torch.nn.parallel import DistributedDataParallel
+    >>> where = tempfile.NamedTemporaryFile()
+    >>> dist.init_process_group("gloo", init_method=f"file://{where.name}", rank=0, world_size=1)
+    >>> model = DistributedDataParallel(torch.nn.Linear(2, 1))
+    >>> state = State().attach(model)
+    >>> model.register_comm_hook(state, majority_vote_hook)
+    >>> model(torch.tensor([[5.0, -0.1]])).sum().backward()
+    >>> model.module.weight.grad.tolist()
+    [[1.0, -1.0]]
+    >>> dist.destroy_process_group()
+    """
+    if state.choices.aggregate != "vote":
+        raise UsageError(f"a majority vote with {state.choices}", expected='aggregate="vote"', hint="compressed_hook")
+    return compressed_hook(state, bucket)
+
+
+def compressed_hook(state: State, bucket: GradBucket) -> Future[Tensor]:
+    """DDP hook for any :class:`Choices`: ``model.register_comm_hook(State(QSGD).attach(model), compressed_hook)``.
+
+    The result stands in the bucket's own buffer, in its dtype; all computing is in float32. Works on every backend
+    with ``all_to_all`` and ``all_gather`` (gloo, nccl); on a GPU reading scales and flags waits for the device
+    some times for each bucket.
+    """
+    buffer = bucket.buffer()
+    if buffer.is_sparse:
+        raise UsageError("a sparse gradient", expected="dense gradients", hint="Embedding(..., sparse=False)")
+    flat = buffer if buffer.dtype == torch.float32 else buffer.float()
+    exchange(state, flat, bucket.parameters(), bucket.index())
+    if flat is not buffer:
+        buffer.copy_(flat)
+    if bucket.is_last():
+        state.step += 1
+        state.meter.steps += 1
+    future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
+    future.set_result(buffer)
+    return future
+
+
+def exchange(state: State, flat: Tensor, parameters: Sequence[Tensor], index: int = 0) -> None:
+    """Replace ``flat`` ``(n,)`` float32, the gradient of ``parameters`` one after another, by what all workers make
+    of theirs. The hook without DDP: call it with the same shapes in the same order on every worker."""
+    call = _Call(state, flat, parameters, index)
+    if state.choices.communicator == "all_reduce":
+        _all_reduce(call)
+    elif state.choices.communicator == "all_gather":
+        _all_gather(call)
+    else:
+        _two_phase(call)
+
+
+class _Call:
+    """One bucket at one step: the vector to send, cut into ``chunk`` coordinates for each message."""
+
+    def __init__(self, state: State, flat: Tensor, parameters: Sequence[Tensor], index: int):
+        self.state, self.flat, self.parameters, self.index = state, flat, parameters, index
+        self.world, self.rank = dist.get_world_size(state.group), dist.get_rank(state.group)
+        split = self.world if state.choices.communicator == "two_phase" else 1
+        self.chunk = -(-len(flat) // (64 * split)) * 64  # whole 64-bit words of signs
+        self.chunks = [flat[i * self.chunk : (i + 1) * self.chunk] for i in range(split)]
+        self.encoding = state.encoding(flat.device)
+        self.compressor = COMPRESSORS[state.choices.compressor]
+        self.row = HEADER + -(-self.compressor.size(self.chunk, self.encoding) // 8) * 8
+
+    def rows(self, n: int) -> Tensor:
+        return torch.zeros(n, self.row, dtype=torch.uint8, device=self.flat.device)
+
+    def encode(self, x: Tensor, row: Tensor) -> None:
+        if _is_zero(x):
+            _write_header(row, 0.0, ABSTAINS)
+        else:
+            _write_header(row, self.compressor.encode(x, row[HEADER:], self.encoding), VOTES)
+
+    def decode(self, row: Tensor, out: Tensor) -> None:
+        scale, flag = _read_header(row[None])[0]
+        if flag == VOTES:
+            self.compressor.decode(row[HEADER:], scale, out, self.encoding)
+        else:
+            out.zero_()
+
+    def messages(self) -> Tensor:
+        """This worker's rows ``(chunks, row)``: memory added, compressed, what was lost remembered."""
+        rows = self.rows(len(self.chunks))
+        broken = _not_finite(self.flat, self.parameters)
+        if broken:
+            for row in rows:
+                _write_header(row, 0.0, broken)
+            return rows
+        kept = self._remember()
+        for own, row in zip(torch.split(kept, self.chunk), rows, strict=False):
+            self.encode(own, row)
+            if self.state.choices.memory == "error_feedback":
+                self._subtract(row, own)
+        for row in rows[-(-len(kept) // self.chunk) :]:
+            _write_header(row, 0.0, ABSTAINS)
+        return rows
+
+    def _remember(self) -> Tensor:
+        """The vector to compress: the gradient, the gradient plus old errors, or its running average."""
+        c = self.state.choices
+        if c.memory == "none":
+            return self.flat
+        kept, new = self.state.worker.of(self.parameters)
+        if new and c.communicator == "two_phase" and c.aggregate == "mean":
+            self._move_strays(kept)
+        return kept.add_(self.flat) if c.memory == "error_feedback" else kept.lerp_(self.flat, 1 - c.beta)
+
+    def _move_strays(self, kept: Tensor) -> None:
+        """Errors of averaging that this worker remembers for coordinates that are no longer its own, after buckets
+        were rearranged, go into what it sends: `world` times, since the mean divides by it."""
+        averaged, _ = self.state.owner.of(self.parameters)
+        strays = averaged.clone()
+        strays[self.rank * self.chunk : (self.rank + 1) * self.chunk] = 0
+        kept.add_(strays, alpha=self.world)
+        averaged.sub_(strays)
+
+    def _subtract(self, row: Tensor, own: Tensor) -> None:
+        decoded = torch.empty_like(own)
+        self.decode(row, decoded)
+        own.sub_(decoded)
+
+    def check(self, headers: list[tuple[float, int]]) -> None:
+        """Stop, on every worker alike, where one of them met a number that is not finite."""
+        for worker, (_, flag) in enumerate(headers):
+            if flag > VOTES:
+                self.fail(flag, f" of worker {worker}")
+
+    def fail(self, broken: int, whose: str) -> None:
+        known = 0 < broken <= len(self.parameters)
+        name = self.state.names.get(id(self.parameters[broken - 1]), "") if known else ""
+        where = repr(name) if name else f"parameter {broken - 1} of bucket {self.index}"
+        raise TrainingError(
+            f"the gradient{whose} in {where} is not finite at step {self.state.step}",
+            expected="no NaN and no infinity",
+            hint="lower the learning rate, clip gradients, or look for bad values in that worker's batch",
+        )
+
+    def combine(self, rows: Tensor, first: int, n: int, out: Tensor) -> None:
+        """Make one row of ``n`` coordinates of everybody's ``rows`` by vote; ``first`` decides ties."""
+        headers = _read_header(rows)
+        self.check(headers)
+        order = [(first + i) % self.world for i in range(self.world)]
+        voters = [i for i in order if headers[i][1] == VOTES]
+        if not voters or not n:
+            _write_header(out, 0.0, ABSTAINS)
+            return
+        votes = [rows[i, HEADER:].view(torch.int64) for i in voters]
+        out[HEADER:].view(torch.int64).copy_(majority(votes if len(votes) % 2 else [*votes, votes[0]]))
+        _write_header(out, _median([headers[i][0] for i in voters]), VOTES)
+
+    def average(self, rows: Tensor, out: Tensor) -> None:
+        """The mean of everybody's rows, into ``out``."""
+        self.check(_read_header(rows))
+        decoded = torch.empty_like(out)
+        out.zero_()
+        for row in rows:
+            self.decode(row, decoded)
+            out.add_(decoded, alpha=1 / self.world)
+
+
+def _all_reduce(call: _Call) -> None:
+    kept = call._remember()
+    if kept is not call.flat:
+        call.flat.copy_(kept)
+    call.flat.div_(call.world)
+    dist.all_reduce(call.flat, group=call.state.group)
+    broken = _not_finite(call.flat, call.parameters)
+    if broken:
+        call.fail(broken, "")
+    _count(call, round(2 * (call.world - 1) / call.world * 4 * len(call.flat)))
+
+
+def _all_gather(call: _Call) -> None:
+    mine, rows = call.messages()[0], call.rows(call.world)
+    _gather(call, mine, rows)
+    _count(call, (call.world - 1) * call.row)
+    if call.state.choices.aggregate == "vote":
+        outcome = call.rows(1)[0]
+        call.combine(rows, call.state.step % call.world, len(call.flat), outcome)
+        call.decode(outcome, call.flat)
+    else:
+        call.average(rows, call.flat)
+
+
+def _two_phase(call: _Call) -> None:
+    rows = call.messages()
+    if call.world > 1:
+        sent, rows = rows, torch.empty_like(rows)
+        dist.all_to_all_single(rows, sent, group=call.state.group)
+    outcome, own = call.rows(1)[0], call.chunks[call.rank]
+    if call.state.choices.aggregate == "vote":
+        call.combine(rows, call.rank, len(own), outcome)
+    else:
+        _average_chunk(call, rows, own, outcome)
+    outcomes = call.rows(call.world)
+    _gather(call, outcome, outcomes)
+    _count(call, 2 * (call.world - 1) * call.row)
+    for row, chunk in zip(outcomes, call.chunks, strict=True):
+        if len(chunk):
+            call.decode(row, chunk)
+
+
+def _average_chunk(call: _Call, rows: Tensor, own: Tensor, outcome: Tensor) -> None:
+    """The mean of this worker's chunk, compressed again; with error feedback what that loses is remembered too."""
+    mean = torch.empty_like(own)
+    call.average(rows, mean)
+    if not len(own):
+        _write_header(outcome, 0.0, ABSTAINS)
+        return
+    if call.state.choices.memory != "error_feedback":
+        call.encode(mean, outcome)
+        return
+    averaged, _ = call.state.owner.of(call.parameters)
+    error = averaged[call.rank * call.chunk : (call.rank + 1) * call.chunk]
+    call.encode(error.add_(mean), outcome)
+    call._subtract(outcome, error)
+
+
+def _gather(call: _Call, mine: Tensor, rows: Tensor) -> None:
+    if call.world == 1:
+        rows[0].copy_(mine)
+    else:
+        dist.all_gather(list(rows), mine, group=call.state.group)
+
+
+def _count(call: _Call, n: int) -> None:
+    call.state.meter.sent += n
+    call.state.meter.received += n
+
+
+def _is_zero(x: Tensor) -> bool:
+    """Whether all of ``x`` is zero; the square is only the quick look, since tiny numbers vanish in it."""
+    return float(torch.dot(x, x)) == 0 and not bool(x.any())
+
+
+def _not_finite(flat: Tensor, parameters: Sequence[Tensor]) -> int:
+    """0, or k where the k-th parameter is the first with a number that is not finite."""
+    if math.isfinite(float(torch.dot(flat, flat))):
+        return 0
+    for k, piece in enumerate(torch.split(flat, [p.numel() for p in parameters]), start=1):
+        if not bool(torch.isfinite(piece).all()):
+            return k
+    return 0  # finite numbers with an infinite square
+
+
+def _median(scales: list[float]) -> float:
+    """The lower median; what is not finite counts as too large, so a minority of liars cannot choose the result."""
+    return sorted(s if math.isfinite(s) else math.inf for s in scales)[(len(scales) - 1) // 2]
+
+
+def _write_header(row: Tensor, scale: float, flag: int) -> None:
+    row[:4].view(torch.float32).fill_(scale)
+    row[4:HEADER].view(torch.int32).fill_(flag)
+
+
+def _read_header(rows: Tensor) -> list[tuple[float, int]]:
+    heads = rows[:, :HEADER].contiguous()
+    scales, flags = heads.view(torch.float32)[:, 0].tolist(), heads.view(torch.int32)[:, 1].tolist()
+    return list(zip(scales, flags, strict=True))
