@@ -74,11 +74,15 @@ def at_random(folder: Path, seed: int) -> dict[str, float]:
 def one(seed: int, whole: bool) -> dict[str, Any]:
     """One demonstration, ``whole`` or without its arm of random questions, and the baseline."""
     from trilobe.demos import demo
+    from trilobe.errors import CheckFailed
 
     with tempfile.TemporaryDirectory() as folder:
         copy, copying = Path(folder) / "before", list[float]()
         with changed(copy, whole, copying):
-            told = demo(project=Path(folder) / "demo", seed=seed)
+            try:
+                told = demo(project=Path(folder) / "demo", seed=seed)
+            except CheckFailed as e:  # its own gates refused the model: nothing was served, nothing to repair
+                return {"seed": seed, "stopped": e.problem}
         baseline = at_random(copy, seed)
     before, old = told["accuracy_shift_before"], told["accuracy_old_before"]
     row: dict[str, Any] = {
@@ -109,12 +113,20 @@ def main() -> None:
         rows = list(two.map(one, [0] if chosen.quick else range(1, 10), [False] * 9))
     if not chosen.quick:
         rows.insert(0, one(0, whole=True))
+    result = judge(rows)
+    common.keep(__file__, result, chosen)
+    table(result)
+
+
+def judge(every: list[dict[str, Any]]) -> dict[str, Any]:
+    """The result of all seeds; those that a gate stopped before anything was served count against the target only."""
+    rows = [r for r in every if "stopped" not in r]
     names = [k for k, v in rows[0].items() if isinstance(v, float) and k != "seconds"]
     means = {k: common.estimate([r[k] for r in rows]) for k in names}
     means["regained minus random captures"] = common.estimate(
         [r["regained"] - r["regained, random captures"] for r in rows]
     )
-    figures = {"seeds": rows, "means": means}
+    figures = {"seeds": every, "means": means}
     met = {
         "at least half regained in every seed": all(r["regained"] >= 0.5 for r in rows),
         "old style within 1 point in the mean": abs(means["old style change"]["mean"]) <= 0.01,
@@ -122,8 +134,9 @@ def main() -> None:
         "at most 120 seconds": rows[0].get("seconds", 0) <= 120,
         "nothing found on clean traffic": not any(r["findings clean"] for r in rows),
         "attack and new style found": all(r["findings adversarial"] and r["findings shift"] for r in rows),
+        "no demonstration stopped by its own gates": len(rows) == len(every),
     }
-    result = {
+    return {
         "claim": "After a change of style at most 60 answers, on captures that monitoring flagged, bring back at least "
         "half of the lost accuracy without a failed request",
         "figures": figures,
@@ -135,18 +148,24 @@ def main() -> None:
         "met": all(met.values()),
         "versions": common.versions("numpy", "torch", "onnxruntime", "scikit-learn"),
     }
-    common.keep(__file__, result, chosen)
+
+
+def table(result: dict[str, Any]) -> None:
+    """Everything as Markdown."""
     short = ["new style before", "new style after", "new style after, random captures", "regained",
              "regained, random captures", "old style before", "old style change", "failed requests", "findings clean",
              "findings adversarial", "findings shift"]  # fmt: skip
     print("| seed | " + " | ".join(short) + " |\n|---|" + "---|" * len(short))
-    for row in rows:
+    for row in result["figures"]["seeds"]:
+        if "stopped" in row:
+            print(f"| {row['seed']} | stopped: {row['stopped']} |")
+            continue
         cells = [", ".join(row[k]) or "none" if isinstance(row[k], list) else row[k] for k in short]
         shown = [f"{100 * c:.1f}%" if isinstance(c, float) else str(c) for c in cells]
         print(f"| {row['seed']} | " + " | ".join(shown) + " |")
-    for name, e in means.items():
+    for name, e in result["figures"]["means"].items():
         print(f"{name}: {common.words(e, 100, 1, '%')}")
-    print(met, rows[0].get("seconds"))
+    print(result["targets"], result["figures"]["seeds"][0].get("seconds"))
 
 
 if __name__ == "__main__":

@@ -80,18 +80,19 @@ def ask(study: Any, folder: Path, after: float | None, promote: bool = False) ->
 
 
 @pytest.fixture
-def prepared(tiny, tmp_path: Path) -> Any:
+def prepared(tiny) -> Any:
     tiny.set("train", "steps", "15")
     tiny.set("query", "answers", "2")
     tiny.set("query", "annotators", '["ann", "bob", "cy"]')
     tiny.set("run", "budget", "30")
-    (tmp_path / "truth.json").write_text(json.dumps(tiny.truth))
     return tiny
 
 
-@pytest.fixture
-def study(prepared, tmp_path: Path) -> Any:
-    command = [sys.executable, "-c", STUDY, str(tmp_path / "truth.json")]
+@pytest.fixture(scope="module")
+def study(template, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    truth = tmp_path_factory.mktemp("study") / "truth.json"
+    truth.write_text(json.dumps(template.truth))
+    command = [sys.executable, "-c", STUDY, str(truth)]
     studies = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     yield studies
     for s in studies:
