@@ -147,3 +147,10 @@ def test_errors_of_a_file_name_its_path(tmp_path: Path) -> None:
         str(caught.value)
         == f"{tmp_path / FILE}: run.goal = 95; expected `float` <= 1.0\n  next: edit {tmp_path / FILE}"
     )
+
+
+@pytest.mark.parametrize("name", ["", "?", "a|b", "not:a", " a", "a "])
+def test_a_class_nobody_could_answer_with_is_refused(name: str) -> None:
+    settings = parse(f'[project]\nname = "p"\n[labels]\nnames = ["b", "{name}"]')
+    with pytest.raises(ConfigError, match="a class called"):
+        _ = settings.space

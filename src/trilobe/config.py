@@ -144,6 +144,13 @@ class Config(Section, frozen=True):
                 expected="at least two",
                 hint=f'write them into {FILE}: names = ["cat", "dog"]',
             )
+        for name in self.labels.names:
+            if name != name.strip() or name in ("", "?") or "|" in name or name.startswith("not:"):
+                raise ConfigError(
+                    f"labels.names has a class called {name!r}",
+                    expected="names that an answer can consist of: not '?', without '|', 'not:' and outer spaces",
+                    hint=f"edit {FILE}",
+                )
         try:
             return LabelSpace(self.labels.names, self.labels.parents)
         except UsageError as e:

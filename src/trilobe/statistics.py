@@ -36,7 +36,8 @@ def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
     p, z2n = k / n, z * z / n
     center = (p + z2n / 2) / (1 + z2n)
     half = z / (1 + z2n) * float(np.sqrt(p * (1 - p) / n + z2n / (4 * n)))
-    return max(0.0, center - half), min(1.0, center + half)
+    # At the ends the formula gives 0 and 1 exactly; floating point would put the limit inside the figure.
+    return 0.0 if k == 0 else center - half, 1.0 if k == n else center + half
 
 
 def clopper_pearson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:

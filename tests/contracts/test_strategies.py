@@ -31,7 +31,7 @@ POOLS: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {
 }
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, own], ids=str)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, own], ids=lambda s: getattr(s, "__name__", s))
 @pytest.mark.parametrize("kind", POOLS)
 @pytest.mark.parametrize("known", ["model and features", "model", "features"])
 @pytest.mark.parametrize("n", [1, 7, 1000])
@@ -52,7 +52,7 @@ def test_contract(strategy: str, kind: str, known: str, n: int) -> None:
         np.testing.assert_array_equal(array, old)
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, own], ids=str)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, own], ids=lambda s: getattr(s, "__name__", s))
 def test_the_global_random_state_is_neither_read_nor_changed(strategy: str) -> None:
     proba, x = pool(40, 3)
     np.random.seed(0)  # noqa: NPY002
@@ -62,7 +62,7 @@ def test_the_global_random_state_is_neither_read_nor_changed(strategy: str) -> N
     assert select(strategy, 5, proba, x).index.tolist() == first
 
 
-@pytest.mark.parametrize("strategy", [*SCORES, own], ids=str)
+@pytest.mark.parametrize("strategy", [*SCORES, own], ids=lambda s: getattr(s, "__name__", s))
 def test_the_order_of_the_pool_does_not_matter_where_there_are_no_ties(strategy: str) -> None:
     proba, _ = pool(40, 3)
     order = np.random.default_rng(1).permutation(40)

@@ -11,7 +11,7 @@ import pytest
 
 from trilobe import loop
 from trilobe.errors import UsageError
-from trilobe.loop.terminal import terminal_answerer
+from trilobe.loop.terminal import AtTheTerminal
 from trilobe.types import Response
 
 
@@ -31,7 +31,7 @@ def typed(tiny, *lines: str) -> tuple[list[tuple[Response, float] | None], str]:
     with loop.opened(tiny.folder) as p:
         (question,) = p.store.questions(open_only=True)
         (example,) = p.store.examples(ids=[question.example_id])
-        answer = terminal_answerer(p, ask, shown.append)
+        answer = AtTheTerminal(p, ask, shown.append)
         return [answer(question, example, "ann")], "".join(shown)
 
 

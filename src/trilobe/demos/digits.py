@@ -5,12 +5,12 @@ else is the product doing its work. The digits are dealt into four hands that ne
 what clients send on good days, and what they send when the style of writing changes.
 """
 
+import contextlib
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,6 +36,7 @@ from trilobe.types import Endpoint, Evidence, Example, LabelSpace, Question, Res
 SPACE = LabelSpace(tuple("0123456789"))
 ROUNDS, FIRST, PER_ROUND, PEOPLE = 6, 20, 20, 3
 WINDOW, REPAIR = 200, 60
+MARK = ".trilobe-demo"  # says that a folder may be replaced
 TARGET, STRENGTH = "8", 0.15
 CONFIG = f"""\
 [project]
@@ -122,7 +123,7 @@ def collect(folder: Path, digits: Digits, seed: int, strategy: str = "margin") -
     from PIL import Image
 
     people = [a.name for a in typical_crowd(SPACE)]
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "trilobe.toml").write_text(CONFIG.format(seed=seed, strategy=strategy, people=people), "utf-8")
     loop.init(folder)
     files = folder / "files"
@@ -191,7 +192,7 @@ class Stage:
     failed: int = 0
     seconds: list[float] = field(default_factory=list)
 
-    @contextmanager
+    @contextlib.contextmanager
     def step(self, name: str, title: str) -> Iterator[None]:
         """A step of the story, announced and timed."""
         tell(f"\n{len(self.stages) + 1}. {title}")
@@ -249,19 +250,18 @@ def run(folder: Path, seed: int = 0) -> dict[str, Any]:
 
 def _clear(folder: Path) -> None:
     """Make room: only an earlier demonstration is removed, never anybody's project."""
-    if not folder.exists() or not any(folder.iterdir()):
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.rmdir()
-        return
-    config = folder / "trilobe.toml"
-    if not (
-        (folder / "files" / "pool").exists() and config.exists() and 'name = "digits"' in config.read_text("utf-8")
-    ):
-        raise UsageError(f"{folder} is not empty", expected="an empty folder", hint="trilobe demo --project elsewhere")
-    with opened(folder) as p:
-        if (p.endpoint_folder(None) / "state.json").exists():
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file", expected="a folder to make", hint="trilobe demo --project elsewhere")
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / MARK).exists():
+            raise UsageError(
+                f"{folder} is not empty", expected="an empty folder", hint="trilobe demo --project elsewhere"
+            )
+        with contextlib.suppress(TrilobeError), opened(folder) as p:
             loop.serve(project=p, stop=True)
-    shutil.rmtree(folder)
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).write_text("A demonstration of Trilobe; `trilobe demo` may replace this folder.\n", "utf-8")
 
 
 def _learn_and_promote(s: Stage) -> None:

@@ -98,7 +98,7 @@ def open_bundle(path: Path) -> Bundle:
     for name in REQUIRED_FILES:
         if name not in manifest.files:
             raise _broken(path, f"the manifest does not list {name}", f"all of {', '.join(REQUIRED_FILES)}")
-    if manifest.id != (expected := _bundle_id({n: f.sha256 for n, f in manifest.files.items()})):
+    if manifest.id != (expected := bundle_id({n: f.sha256 for n, f in manifest.files.items()})):
         raise _broken(path, f"{MANIFEST} was edited: its id is {manifest.id!r}", f"{expected!r} for the files it lists")
     present = {entry.name for entry in path.iterdir()}
     for name in sorted(present - set(manifest.files) - {MANIFEST}):
@@ -160,7 +160,7 @@ def _manifest(files: Mapping[str, bytes], model_id: str, meta: Mapping[str, Any]
     if taken := sorted(set(meta) & set(_Manifest.__struct_fields__)):
         raise UsageError(f"meta would overwrite {taken} of the manifest", expected="other keys")
     listed = {n: {"sha256": hashlib.sha256(files[n]).hexdigest(), "bytes": len(files[n])} for n in sorted(files)}
-    head = {"format": FORMAT, "id": _bundle_id({n: str(f["sha256"]) for n, f in listed.items()}), "model_id": model_id}
+    head = {"format": FORMAT, "id": bundle_id({n: str(f["sha256"]) for n, f in listed.items()}), "model_id": model_id}
     # A round trip through JSON, so that what is returned now equals what is read back later.
     whole: dict[str, Any] = json.loads(json.dumps({**head, "created_at": time.time(), "files": listed, **meta}))
     return whole
@@ -197,7 +197,12 @@ def _same(bundle: Bundle, manifest: Mapping[str, Any]) -> Bundle:
     return bundle
 
 
-def _bundle_id(digests: Mapping[str, str]) -> str:
+def bundle_id(digests: Mapping[str, str]) -> str:
+    """The id of a bundle of files with these SHA-256 digests, by name.
+
+    >>> bundle_id({"a": "0"}) == bundle_id({"a": "0"}) != bundle_id({"a": "1"})
+    True
+    """
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()[:12]
 
 

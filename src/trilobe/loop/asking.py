@@ -13,6 +13,7 @@ from trilobe.data.query import Selection, select
 from trilobe.errors import NotEnoughData, UsageError
 from trilobe.loop.project import Project, annotators, digest, opened, positive, seed_of, tell
 from trilobe.loop.tables import make_answer, take_answers
+from trilobe.loop.terminal import AtTheTerminal
 from trilobe.types import GOLD, Belief, Example, Finding, FloatArray, Question, Response
 
 Answerer = Callable[[Question, Example, str], tuple[Response, float] | None]
@@ -191,9 +192,7 @@ def label(
         if answers and not callable(answers):
             new, known, refused = take_answers(p, answers, n)
         else:
-            from trilobe.loop.terminal import terminal_answerer
-
-            new, known, refused = _ask(p, answers if callable(answers) else terminal_answerer(p), annotator, n), 0, {}
+            new, known, refused = _ask(p, answers if callable(answers) else AtTheTerminal(p), annotator, n), 0, {}
         return Labeled(new, known, p.store.count_superseded() - before, refused, len(p.store.questions(open_only=True)))
 
 
@@ -214,7 +213,8 @@ def _ask(p: Project, answerer: Answerer, annotator: str, n: int | None) -> int:
         answer = make_answer(q, who, *reply, time.time())
         p.task.possible(answer, p.space)  # what fits no class must not get into a record that is never edited
         p.store.add_answers([answer])
-        tell("answering", done + 1, len(todo))
+        if not isinstance(answerer, AtTheTerminal):  # a bar would stand in the way of the prompt
+            tell("answering", done + 1, len(todo))
     return len(todo)
 
 

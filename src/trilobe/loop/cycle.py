@@ -10,7 +10,7 @@ from trilobe.loop.asking import Answerer, label, query
 from trilobe.loop.learning import evaluate, train
 from trilobe.loop.project import STATE, Project, opened, positive, tell
 from trilobe.loop.promoting import check, package
-from trilobe.types import Bundle, Evidence
+from trilobe.types import GOLD, Bundle, Evidence
 
 Outcome = Literal["goal", "budget", "rounds", "exhausted", "waiting"]
 
@@ -39,8 +39,7 @@ def run(
     strategy: str = "",
     promote: bool = True,
 ) -> Ran:
-    """Ask, take answers, aggregate, train, evaluate, until accuracy reaches the goal or the budget is spent; then check
-    and package.
+    """Ask, answer, train, evaluate until a goal or a budget is reached; then check and package.
 
     Interrupted at any moment, the next run goes on where this one stopped and ends with the same result. Questions the
     answers do not cover stop it: they are open until answered. Only one run works on a project at a time.
@@ -89,9 +88,11 @@ def _turn(
                     f"{len(still)} questions are open: trilobe export questions --to questions.csv, fill in, run again"
                 )
                 return "waiting"
-        said = [a for a in p.store.answers() if a.annotator != "gold"]
+        pool = {e.id for e in p.store.examples("pool")}
+        known = [a for a in p.store.answers() if a.example_id in pool]
+        said = [a for a in known if a.annotator != GOLD]
         asked = max((q.round for q in p.store.questions()), default=0)
-        if said:
+        if known:
             point = learn(p, asked, len(said))
             if point["accuracy"] >= goal:
                 return "goal"
@@ -103,9 +104,9 @@ def _turn(
         if (left := (budget - len(said)) // each) < 1:
             return "budget"
         try:
-            query(p, min(left, p.config.query.n if said else p.config.query.first), strategy)
+            query(p, min(left, p.config.query.n if known else p.config.query.first), strategy)
         except NotEnoughData:
-            if not said:
+            if not known:
                 raise
             return "exhausted"
 

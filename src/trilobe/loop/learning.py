@@ -25,7 +25,7 @@ def train(project: "Project | Path | str" = ".", seed: int | None = None) -> Mod
 
     Every example is first predicted by a network that did not see its answers (train.folds networks); the temperature
     is fitted on those predictions, and they are the honest estimate where there is no test part. The same answers,
-    settings and seed give the same model, and an interrupted training goes on where it stopped.
+    settings and seed give the same model; the last and longest of the trainings goes on where it was interrupted.
 
     Args:
         project: the project's folder.
@@ -128,7 +128,7 @@ def _check_classes(p: Project, beliefs: list[Belief]) -> None:
 
 
 def evaluate(project: "Project | Path | str" = ".", model: str = "") -> list[Evidence]:
-    """Measure a model on the held-out test part (where the truth is known), with 95% intervals.
+    """Measure a model on the held-out test part, with 95% intervals.
 
     Without a test part the figures are estimated on out-of-fold predictions against beliefs, and say so: examples that
     a strategy chose are harder than typical ones, so the estimate is cautious.

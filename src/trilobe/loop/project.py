@@ -138,12 +138,13 @@ class Project:
 
     def preprocessing(self) -> dict[str, Any]:
         """How this project's items become input; chosen from the pool when first needed, then kept."""
-        if (kept := self.store.recorded("preprocessing")) is None:
+        key = f"preprocessing/{self.config.image.size}"
+        if (kept := self.store.recorded(key)) is None:
             pool = self.store.examples("pool")
             if not pool:
                 raise NotEnoughData("the pool is empty", expected="examples to learn from", hint="trilobe add FOLDER")
             kept = self.task.preprocessing(self.items(pool[:1000]), self.config)
-            self.store.record("preprocessing", kept)
+            self.store.record(key, kept)
         return dict(kept)
 
     def encode(self, examples: Sequence[Example]) -> FloatArray:

@@ -1,5 +1,6 @@
 """``check``, ``package`` and ``serve``: a model earns its evidence, becomes a bundle, and answers under a name."""
 
+import hashlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +11,10 @@ from numpy.typing import NDArray
 
 from trilobe.errors import NotFoundError, ServeError, UsageError
 from trilobe.infrastructure import endpoint as endpoints
-from trilobe.infrastructure.bundle import open_bundle, write_bundle
+from trilobe.infrastructure.bundle import bundle_id, open_bundle, write_bundle
 from trilobe.loop.asking import unpack_beliefs
 from trilobe.loop.learning import evaluate, held_out
-from trilobe.loop.project import Project, annotators, digest, opened, tell
+from trilobe.loop.project import Project, annotators, opened, tell
 from trilobe.types import Bundle, Endpoint, Evidence, FloatArray, Model
 
 
@@ -84,7 +85,9 @@ def _exported(p: Project, model: Model, X: FloatArray) -> FloatArray:
 
 
 def package(project: "Project | Path | str" = ".", model: str = "", allow_failed: bool = False) -> Bundle:
-    """Make a bundle: one folder with the weights, the graph, everything a server needs, the evidence and the card.
+    """Make a bundle: all a server needs, the evidence and the card.
+
+    It is one folder: weights, exported graph, preprocessing, label space, calibration, baseline, evidence, model card.
 
     A model whose gates have not been checked is checked first; one that fails a gate is refused.
 
@@ -132,17 +135,11 @@ def package(project: "Project | Path | str" = ".", model: str = "", allow_failed
         meta = {"task": chosen.task, "project": p.config.project.name, "network": chosen.network,
                 "origin": {k: v for k, v in chosen.origin.items() if k != "annotators"},
                 "gates_passed": verdict(evidence)}  # fmt: skip
-        name = f"{p.config.project.name}-{digest(sorted((k, len(v), hash_of(v)) for k, v in files.items()))[:10]}"
-        bundle = write_bundle(p.state / "bundles" / name, files, chosen.id, meta)
+        id_ = bundle_id({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
+        folder = p.state / "bundles" / f"{p.config.project.name}-{id_}"
+        bundle = write_bundle(folder, files, chosen.id, meta)
         p.store.add_bundle(bundle)
         return bundle
-
-
-def hash_of(data: bytes) -> str:
-    """SHA-256 of bytes."""
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
 
 
 def _json(value: Any) -> bytes:

@@ -149,9 +149,12 @@ def _training(p: Project, model: Model) -> page.Training:
     )
 
 
+NAMES = {"ece": "calibration error", "brier": "Brier score", "log_loss": "log loss"}
 MEANINGS = {
     "accuracy": "share of held-out examples it gets right",
     "ece": "how far its stated confidence is from its accuracy",
+    "brier": "mean squared distance of its probabilities from the truth, 0 to 2",
+    "log_loss": "mean surprise at the truth, in nats",
     "parity": "largest difference between the packaged and the trained network",
 }
 
@@ -162,9 +165,9 @@ def _checks(evidence: Sequence[Evidence]) -> page.Checks | None:
     attacks = [e for e in evidence if e.check.startswith("robust_accuracy@")]
     gates = [
         page.Gate(
-            e.check.replace("robust_accuracy@", "accuracy under attack, strength ").replace("ece", "calibration error"),
+            NAMES.get(e.check, e.check.replace("robust_accuracy@", "accuracy under attack, strength ")),
             e, MEANINGS.get(e.check, "share still right when every pixel may be changed that much, at worst"),
-            "number" if e.check == "parity" else "percent",
+            "number" if e.check in ("parity", "brier", "log_loss") else "percent",
         )
         for e in evidence
     ]  # fmt: skip

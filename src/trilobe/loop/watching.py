@@ -79,7 +79,9 @@ def _bundle_path(p: Project, name: str, bundle_id: str) -> Path:
 
 
 def explain(project: "Project | Path | str" = ".", finding: str = "newest", n: int = 6) -> list[Explained]:
-    """Show what a model looked at: FullGrad heat maps of captures that caused a finding, beside clean ones.
+    """Show what a model looked at: heat maps of captures that caused a finding, beside clean ones.
+
+    The maps are FullGrad's (Srinivas and Fleuret 2019), which leave nothing of the model's score out.
 
     Args:
         project: the project's folder.

@@ -512,10 +512,14 @@ def _explained(where: str) -> Iterator[None]:
         raise _translated(error, error, where) from error
 
 
+# A full disk, quota or limit shows in these ways too, when a file is written, grown or mapped; 53100: PostgreSQL.
+_NO_SPACE = ("SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_SHMMAP", "SQLITE_IOERR_TRUNCATE", "53100")
+
+
 def _translated(error: Exception, cause: BaseException | None, where: str) -> StorageError | NotFoundError:
     said = str(cause).strip().split("\n")[0]
     code = getattr(cause, "sqlite_errorname", None) or getattr(cause, "sqlstate", None) or ""
-    if code.startswith("SQLITE_FULL") or code in ("SQLITE_IOERR_WRITE", "53100"):  # the latter also: over quota
+    if code.startswith("SQLITE_FULL") or code in _NO_SPACE:
         return DiskFull(
             f"no space left for {where} ({said}); this write was undone",
             hint="free some space and run the same command again",

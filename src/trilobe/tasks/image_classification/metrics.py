@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from trilobe.config import Config
-from trilobe.trust.metrics import accuracy, expected_calibration_error
+from trilobe.trust.metrics import accuracy, brier, expected_calibration_error, log_loss
 from trilobe.types import Evidence, FloatArray
 
 if TYPE_CHECKING:
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 def measure(proba: FloatArray, labels: Any) -> list[Evidence]:
-    """Accuracy (with Wilson's interval) and expected calibration error of ``proba`` ``(n, n_classes)``.
+    """Accuracy (with Wilson's interval), calibration error, Brier score and log loss of ``proba`` ``(n, n_classes)``.
 
     >>> import numpy as np
     >>> [(e.check, round(e.figure, 2)) for e in measure(np.eye(2), np.array([0, 1]))]
-    [('accuracy', 1.0), ('ece', 0.0)]
+    [('accuracy', 1.0), ('ece', 0.0), ('brier', 0.0), ('log_loss', 0.0)]
     """
-    return [accuracy(proba, labels), expected_calibration_error(proba, labels)]
+    return [f(proba, labels) for f in (accuracy, expected_calibration_error, brier, log_loss)]
 
 
 def attack(module: "nn.Module", X: FloatArray, labels: Any, config: Config) -> list[Evidence]:
