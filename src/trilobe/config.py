@@ -79,7 +79,7 @@ class TrainSection(Section, frozen=True):
     weight_decay: Annotated[float, Meta(ge=0.0, le=1e9)] = 1e-2
     bootstrap: Share = 1.0
     width: Count = 16
-    folds: Annotated[int, Meta(ge=2)] = 3
+    folds: Annotated[int, Meta(ge=2)] = 5
     augment: bool = True
 
 

@@ -129,7 +129,7 @@ def test_only_plain_names(path: Path, tmp_path: Path, name: str) -> None:
 
     files = json.loads((path / MANIFEST).read_text())["files"]
     files[name] = {"sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", "bytes": 0}
-    edit_manifest(path, files=files, id=module._bundle_id({n: f["sha256"] for n, f in files.items()}))
+    edit_manifest(path, files=files, id=module.bundle_id({n: f["sha256"] for n, f in files.items()}))
     with pytest.raises(BundleError, match="plain file names"):
         open_bundle(path)
 

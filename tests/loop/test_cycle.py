@@ -17,7 +17,7 @@ def test_from_a_pool_to_a_bundle(tiny) -> None:
     assert [r["round"] for r in ran.rounds] == list(range(1, len(ran.rounds) + 1))
     assert [r["answers"] for r in ran.rounds] == [9, 15, 21][: len(ran.rounds)]
     assert ran.rounds[-1]["accuracy"] > 0.6, "three easily told shapes"
-    assert {e.check for e in ran.evidence} == {"accuracy", "ece", "robust_accuracy@0.02", "parity"}
+    assert {e.check for e in ran.evidence} == {"accuracy", "ece", "brier", "log_loss", "robust_accuracy@0.02", "parity"}
     assert ran.bundle is not None and (ran.bundle.path / "manifest.json").exists()
     assert ran.model == ran.bundle.model_id
     again = loop.run(tiny.answer, tiny.folder)

@@ -26,7 +26,7 @@ def test_a_model_of_every_kind_of_answer(tiny, tmp_path: Path) -> None:
 
 
 def test_evaluated_on_the_held_out_part(trained) -> None:
-    accuracy, ece = loop.evaluate(trained.folder)
+    accuracy, ece, _, _ = loop.evaluate(trained.folder)
     assert (accuracy.check, accuracy.n, ece.check) == ("accuracy", 30, "ece")
     assert accuracy.detail["on"] == "held-out test part"
     with loop.opened(trained.folder) as p:

@@ -12,7 +12,10 @@ from trilobe.infrastructure.bundle import REQUIRED_FILES, open_bundle
 def test_evidence_is_gathered_gated_and_kept(trained) -> None:
     found = loop.check(trained.folder, gates={"accuracy": 0.1, "ece": 0.0})
     passed = {e.check: e.passed for e in found}
-    assert passed == {"accuracy": True, "ece": False, "robust_accuracy@0.02": None, "parity": None}
+    assert passed == {
+        **{"accuracy": True, "ece": False, "brier": None, "log_loss": None},
+        **{"robust_accuracy@0.02": None, "parity": None},
+    }
     with loop.opened(trained.folder) as p:
         assert {e.check: e.passed for e in p.store.evidence(p.store.model().id)} == passed
 

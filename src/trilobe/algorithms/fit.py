@@ -135,12 +135,12 @@ def fit(
     module.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)  # for dropout inside the module
-        start = state.restore(schedule)
+        start, batches = state.restore(schedule), -(-len(x) // plan.batch_size)
         for step in range(start, total):
-            at = step % -(-len(x) // plan.batch_size)
+            at = step % batches
             if at == 0:
                 order.copy_(torch.randperm(len(x), generator=generator))
-            batch = order[at * plan.batch_size : (at + 1) * plan.batch_size]
+            batch = order.tensor_split(batches)[at]  # of even size: a last batch of two would be noise
             if len(batch) == 1:
                 batch = torch.cat([batch, order[:1]])  # batch normalization needs two
             xb = x[batch]
