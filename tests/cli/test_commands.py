@@ -142,7 +142,7 @@ def test_an_error_is_json_on_stdout_and_words_on_stderr(trilobe, tmp_path: Path)
         "error": "NotEnoughData",
         "problem": "the pool is empty",
         "expected": "examples to ask about",
-        "next": "trilobe add FOLDER",
+        "next": f"trilobe add --project {tmp_path} FOLDER",
     }
     assert "NotEnoughData: the pool is empty; expected examples" in said.err and "next: trilobe add" in said.err
     assert trilobe("query", "-p", tmp_path).out == ""

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import re
+import shlex
 import sys
 import types
 import typing
@@ -17,6 +18,7 @@ from typing import Any
 
 import click
 
+from trilobe.cli import VERBS
 from trilobe.errors import TrilobeError, UsageError
 
 SHORT = {"project": "-p", "n": "-n"}
@@ -146,16 +148,31 @@ def _callback(function: Callable[..., Any]) -> Callable[..., None]:
             with Terminal() as terminal, listening(terminal):
                 result = function(**given)
         except TrilobeError as e:
+            e.hint = to_type(e.hint, values.get("project"))
             _complain(e, as_json)
             sys.exit(e.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted; what was acknowledged is kept, run it again to go on", err=True)
             sys.exit(130)
-        if text := json.dumps(plain(result), indent=2) if as_json else words(function.__name__, result):
-            click.echo(text)
+        text = json.dumps(plain(result), indent=2) if as_json else words(function.__name__, result)
+        if text:
+            click.echo(text if as_json else to_type(text, values.get("project")))
         sys.exit(exit_code(result))
 
     return call
+
+
+def to_type(text: str, project: str | None) -> str:
+    """A text in which commands are as they must be typed for a project that is not in this folder.
+
+    >>> to_type("next: trilobe label answers.csv", "pets")
+    'next: trilobe label --project pets answers.csv'
+    """
+    if project in (None, "", "."):
+        return text
+    where = f" --project {shlex.quote(str(project))}"
+    verbs = "|".join(VERBS)
+    return re.sub(rf"\btrilobe (?:{verbs})\b(?![^\n]*--project)", lambda m: m[0] + where, text)
 
 
 def _complain(e: TrilobeError, as_json: bool) -> None:
