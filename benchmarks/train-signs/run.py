@@ -159,11 +159,11 @@ def chart(result: dict[str, Any]) -> str:
     """Measured (dots, solid) against bound (dashed) over K, both axes logarithmic, one panel for each problem."""
     wide, tall, top, bottom = 240, 300, 44, 250
     decades = range(-5, 5)
-    points = [v for r in result["rate"] for row in r["rows"] for v in (row["mean"], row["bound"])]
+    points = [v for r in result["figures"]["rate"] for row in r["rows"] for v in (row["mean"], row["bound"])]
     low, high = math.floor(math.log10(min(points))), math.ceil(math.log10(max(points)))
     y_at = lambda v: bottom - (math.log10(v) - low) / (high - low) * (bottom - top)  # noqa: E731
     parts, told = [], []
-    for i, r in enumerate(result["rate"]):
+    for i, r in enumerate(result["figures"]["rate"]):
         left = 62 + i * (wide + 12)
         right = left + wide - 30
         x_at = lambda k, a=left, b=right: a + 10 + (math.log10(k) - 1) / 3 * (b - a - 20)  # noqa: E731
@@ -211,8 +211,7 @@ def main() -> None:
     met = all(row["high"] <= row["bound"] * rounding for r in rate for row in r["rows"])
     result = {
         "claim": "SignSGD converges as its theorem says: the measured mean of |g|_1, squared, lies under the bound",
-        "rate": rate,
-        "step": times,
+        "figures": {"rate": rate, "step": times},
         "ratio": round(share, 4),
         "ratio_of": "the largest measured value as a share of its bound",
         "target": "the upper limit of every interval <= its bound",
