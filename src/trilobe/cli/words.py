@@ -115,7 +115,7 @@ def _tree(value: Any, indent: str = "") -> str:
     if isinstance(value, list):
         if (
             value
-            and all(isinstance(v, dict) for v in value)
+            and all(isinstance(v, dict) and list(v) == list(value[0]) for v in value)
             and not any(isinstance(x, dict) for v in value for x in v.values())
         ):
             rows = [[_scalar(x) for x in v.values()] for v in value]

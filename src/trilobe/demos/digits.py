@@ -272,8 +272,6 @@ def _learn_and_promote(s: Stage) -> None:
         tell(
             f"   {len(added.added)} added, {len(added.duplicates)} duplicates recognized, {len(added.refused)} refused"
         )
-        with opened(s.folder) as p:
-            tell_story(p, pool={"duplicates": len(added.duplicates), "refused": len(added.refused)})
         shutil.copytree(s.folder, control, ignore=shutil.ignore_patterns("files", "control"))
         config = (control / "trilobe.toml").read_text("utf-8")
         (control / "trilobe.toml").write_text(config.replace('strategy = "margin"', 'strategy = "random"'), "utf-8")

@@ -223,8 +223,9 @@ def aggregate(project: "Project | Path | str" = ".", method: str = "") -> Aggreg
 
     Args:
         project: the project's folder.
-        method: dawid_skene (a confusion matrix for everyone), one_coin (an accuracy for everyone), majority_vote,
-            or model (Dawid-Skene with the model's own out-of-fold predictions as the prior).
+        method: for this call (training uses aggregate.method): dawid_skene (a confusion matrix for everyone), one_coin
+            (an accuracy for everyone), majority_vote, or model (Dawid-Skene with the model's own out-of-fold
+            predictions as the prior).
 
     Raises:
         NotEnoughData: no answers yet.
@@ -247,6 +248,8 @@ def aggregate(project: "Project | Path | str" = ".", method: str = "") -> Aggreg
             mine = [a for a in said if a.annotator == name]
             people.append({"name": name, "quality": round(q, 4), "n": len(mine),
                            "seconds": float(np.median([a.seconds for a in mine]))})  # fmt: skip
+        if method in ("dawid_skene", "one_coin") and len({*table.annotators} - {GOLD}) == 2:
+            tell("two annotators cannot be told apart by their answers alone: ask a third, or use --method model")
         result = Aggregated(len(beliefs), len(said), method, tuple(people), blob)
         p.store.record("aggregate", vars(result))
         return result

@@ -184,6 +184,12 @@ def _add(
         )
     for name, reason in refused.items():
         tell(f"refused {name}: {reason}")
+    known = {e.name for e in p.store.examples(ids=[first for _, first in again])}
+    left = p.store.recorded("left_out", {"duplicates": [], "refused": []})
+    p.store.record("left_out", {
+        "duplicates": sorted({*left["duplicates"], *(e.name for e, _ in again if e.name not in known)}),
+        "refused": sorted({*left["refused"], *refused}),
+    })  # fmt: skip
     return Added(tuple(e.id for e in added), {e.name: first for e, first in again}, refused, labeled)
 
 

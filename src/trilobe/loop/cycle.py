@@ -93,7 +93,7 @@ def _turn(
         said = [a for a in known if a.annotator != GOLD]
         asked = max((q.round for q in p.store.questions()), default=0)
         if known:
-            point = learn(p, asked, len(said))
+            point = learn(p)
             if point["accuracy"] >= goal:
                 return "goal"
             if len(said) >= budget:
@@ -111,16 +111,10 @@ def _turn(
             return "exhausted"
 
 
-def learn(p: Project, round_: int, n_answers: int) -> dict[str, Any]:
-    """Train on all there is, measure it, and keep the point of the learning curve."""
-    model = train(p)
-    accuracy = evaluate(p, model.id)[0]
-    point = {
-        "round": round_, "answers": n_answers, "accuracy": accuracy.figure, "low": accuracy.low, "high": accuracy.high,
-        "n": accuracy.n, "model": model.id, "on": accuracy.detail.get("on", ""),
-    }  # fmt: skip
-    p.store.record(f"curve/{round_:04d}", point)
-    tell(
-        f"round {round_}: {n_answers} answers, accuracy {accuracy.figure:.1%} [{accuracy.low:.1%}, {accuracy.high:.1%}]"
-    )
+def learn(p: Project) -> dict[str, Any]:
+    """Train on all there is and measure it: the newest point of the learning curve."""
+    evaluate(p, train(p).id)
+    point: dict[str, Any] = list(p.store.journal("curve/").values())[-1]
+    about = f"accuracy {point['accuracy']:.1%} [{point['low']:.1%}, {point['high']:.1%}]"
+    tell(f"round {point['round']}: {point['answers']} answers, {about}")
     return point

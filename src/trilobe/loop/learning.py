@@ -14,7 +14,7 @@ from trilobe.errors import NotEnoughData, UsageError
 from trilobe.loop.asking import aggregate, unpack_beliefs
 from trilobe.loop.project import Project, digest, opened, seed_of, tell
 from trilobe.statistics import softmax
-from trilobe.types import Belief, Evidence, Example, FloatArray, Model
+from trilobe.types import GOLD, Belief, Evidence, Example, FloatArray, Model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -150,7 +150,20 @@ def evaluate(project: "Project | Path | str" = ".", model: str = "") -> list[Evi
             for e in p.task.measure(proba, labels, p.space)
         ]
         p.store.add_evidence(chosen.id, found)
+        if chosen == p.newest_model():
+            _keep_point(p, chosen, found[0])
         return found
+
+
+def _keep_point(p: Project, model: Model, accuracy: Evidence) -> None:
+    """A point of the learning curve: what so many answers of people have brought."""
+    answers = sum(a["n"] for a in model.origin["annotators"] if a["name"] != GOLD)
+    point = {
+        "round": max((q.round for q in p.store.questions()), default=0),
+        "answers": answers, "accuracy": accuracy.figure,
+        "low": accuracy.low, "high": accuracy.high, "n": accuracy.n, "model": model.id, "on": accuracy.detail["on"],
+    }  # fmt: skip
+    p.store.record(f"curve/{answers:07d}", point)
 
 
 def held_out(p: Project, model: Model) -> tuple[FloatArray, NDArray[np.intp], str]:

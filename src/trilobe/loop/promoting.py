@@ -30,7 +30,8 @@ def check(
     Args:
         project: the project's folder.
         model: its id or first letters; the newest by default.
-        gates: overrides check.gates; names are accuracy, ece, parity, robust_accuracy@EPS.
+        gates: tried out in place of those of trilobe.toml, for this call only; names are accuracy, ece, parity,
+            robust_accuracy@EPS.
 
     Returns:
         All evidence, gated: ``passed`` is None where there is no gate.
@@ -50,9 +51,9 @@ def check(
         tell("comparing the exported graph with the trained network")
         sample = X[:500]
         found.append(parity(p.predict(chosen, sample, module), _exported(p, chosen, sample)))
-        found = gate(found, p.config.check.gates if gates is None else gates)
-        p.store.add_evidence(chosen.id, found)
-        return found
+        kept = gate(found, p.config.check.gates)
+        p.store.add_evidence(chosen.id, kept)
+        return kept if gates is None else gate(found, gates)
 
 
 def _attackable(p: Project, model: Model) -> tuple[FloatArray, NDArray[np.intp]]:

@@ -30,7 +30,7 @@ from trilobe.web.charts import Bin, Estimate, Series
 
 def tell_story(p: Project, **parts: Any) -> None:
     """Keep what only the caller knows, for the report: ``curve_random``, ``true_quality``, ``wrong``, ``clean``,
-    ``traffic``, ``repair``, ``stages``, ``command``, ``verdict``, ``pool``."""
+    ``traffic``, ``repair``, ``stages``, ``command``, ``verdict``."""
     for name, value in parts.items():
         p.store.record(f"told/{name}", value)
 
@@ -53,7 +53,7 @@ def story(p: Project) -> page.ReportData:
         serving=_serving(p, told),
         monitoring=_monitoring(p, told),
         why=_why(p),
-        repair=_repair(told),
+        repair=_repair(p, told),
         origin=_origin(p, model, told),
     )
 
@@ -74,7 +74,7 @@ def _pool(p: Project, told: Mapping[str, Any]) -> page.Pool | None:
         examples=len(pool), held_out=counts.get("test", 0), classes=p.space.names, sample=tuple(_pictures(p, shown)),
         how="Every file is named by the digest of its bytes; a picture that is already there, also in another format "
             "or in the held-out part, is recognized by its pixels and left out.",
-        **told.get("pool", {}),
+        **{k: len(v) for k, v in p.store.recorded("left_out", {}).items()},
     )  # fmt: skip
 
 
@@ -259,12 +259,31 @@ def _uri(path: str) -> str:
     return page.png_uri(Path(path).read_bytes())
 
 
-def _repair(told: Mapping[str, Any]) -> page.Repair | None:
+def _repair(p: Project, told: Mapping[str, Any]) -> page.Repair | None:
     if not (r := told.get("repair")):
-        return None
+        return _repair_by_hand(p)
     changes = tuple(page.Change(c["name"], estimate("", c["before"]), estimate("", c["after"])) for c in r["changes"])
     return page.Repair(changes, r["new_answers"], r.get("requests", 0), r.get("failed", 0), r.get("bundle_id", ""),
                        how=r.get("how", ""))  # fmt: skip
+
+
+def _repair_by_hand(p: Project) -> page.Repair | None:
+    """What is known where nobody has the truth of the new traffic: new answers, the held-out part before and after."""
+    examples = {e.id for e in p.store.examples("pool") if e.source.startswith("finding:")}
+    answers, models = [a for a in p.store.answers() if a.example_id in examples], p.store.models()
+    first = next((b for f in p.store.findings() for b in p.store.bundles() if b.id == f.bundle_id), None)
+    if not answers or first is None or models[-1].id == first.model_id:
+        return None
+    figures = [
+        next((e for e in p.store.evidence(id_) if e.check == "accuracy"), None)
+        for id_ in (first.model_id, models[-1].id)
+    ]
+    before, after = figures
+    if before is None or after is None:
+        return None
+    change = page.Change("the held-out part", estimate("", before), estimate("", after))
+    how = "What the new traffic shows is not known here: the held-out part says that nothing was lost on the old."
+    return page.Repair((change,), len(answers), bundle_id=p.store.bundles()[-1].id, how=how)
 
 
 def _origin(p: Project, model: Model | None, told: Mapping[str, Any]) -> page.Origin | None:

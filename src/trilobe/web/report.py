@@ -424,7 +424,11 @@ def _stations(data: ReportData) -> list[Station]:
         ("Model", "training", d.training and f"{percent(d.training.accuracy.value)} right"),
         ("Check", "checks", d.checks and f"{len(passed or [])} of {len(gated or [])} passed"),
         ("Package", "serving", d.serving and (_count(len(d.serving.files), "file") if d.serving.files else "1 bundle")),
-        ("Serve", "serving", served and d.serving and _count(d.serving.requests, "request")),
+        (
+            "Serve",
+            "serving",
+            served and d.serving and (_count(d.serving.requests, "request") if d.serving.requests else "1 endpoint"),
+        ),
         ("Monitor", "monitoring", d.monitoring and _count(len(d.monitoring.findings), "finding")),
         ("Explain", "why", d.why and _count(heat_maps or 0, "heat map")),
     ]
@@ -442,7 +446,7 @@ def _key_figures(data: ReportData) -> list[tuple[str, str]]:
     if d.checks:
         verdicts = [g.evidence.passed for g in d.checks.gates if g.evidence.passed is not None]
         out.append((f"{sum(verdicts)} of {len(verdicts)}", "checks passed"))
-    if d.serving and d.serving.endpoint:
+    if d.serving and d.serving.endpoint and d.serving.requests:
         out.append((f"{d.serving.requests:,}", f"requests served, {d.serving.failed:,} failed"))
     if d.repair and d.repair.changes:
         best = max(d.repair.changes, key=lambda c: c.after.value - c.before.value)
@@ -531,6 +535,8 @@ def _serving_said(s: Serving) -> str:
     if not s.endpoint:
         return f"{opening}; it is not served yet."
     failed = "none of them failed" if not s.failed else f"{s.failed:,} of them failed"
+    if not s.requests:  # nobody counted them
+        return f"{opening}; programs call it by name."
     return f"{opening}; programs call it by name, and it has answered {_count(s.requests, 'request')}: {failed}."
 
 
