@@ -215,5 +215,6 @@ def _ran(r: Any) -> str:
 _WORDS: dict[str, Callable[[Any], str]] = {
     "add": _added, "query": _questions, "label": _labeled, "aggregate": _aggregated, "train": _model,
     "evaluate": _evidence, "check": _evidence, "package": _bundle, "serve": _endpoint, "monitor": _window,
-    "explain": _explained, "run": _ran, "export": lambda to: "" if to == "-" else str(to),
+    "explain": _explained, "run": _ran, "demo": lambda told: str(told["report"]),
+    "export": lambda to: "" if to == "-" else str(to),
 }  # fmt: skip

@@ -269,9 +269,7 @@ def _learn_and_promote(s: Stage) -> None:
     control = s.folder / "control"
     with s.step("pool", "Pool: 997 unlabeled digits go in, 400 are held out to grade with"):
         added = collect(s.folder, s.digits, s.seed)
-        tell(
-            f"   {len(added.added)} added, {len(added.duplicates)} duplicates recognized, {len(added.refused)} refused"
-        )
+        tell(f"{len(added.added)} added, {len(added.duplicates)} duplicates recognized, {len(added.refused)} refused")
         shutil.copytree(s.folder, control, ignore=shutil.ignore_patterns("files", "control"))
         config = (control / "trilobe.toml").read_text("utf-8")
         (control / "trilobe.toml").write_text(config.replace('strategy = "margin"', 'strategy = "random"'), "utf-8")
@@ -339,9 +337,7 @@ def _judge_answers(s: Stage, truth: dict[str, int]) -> None:
         tell_story(p, true_quality=true, wrong=wrong)
     for a in people:
         tell(f"{a['name']:<5} estimated {a['estimated']:.2f}, true {a['true']:.2f}")
-    tell(
-        f"   wrong labels: {wrong['weighed']} weighed by that, {wrong['majority']} by majority vote, of {len(beliefs)}"
-    )
+    tell(f"wrong labels: {wrong['weighed']} weighed by that, {wrong['majority']} by majority vote, of {len(beliefs)}")
     s.told |= {"annotators": people, "wrong_labels": wrong}
 
 
@@ -378,9 +374,7 @@ def _go_wrong_and_repair(s: Stage) -> None:
         )
         tell(f"new style {new.figure:.1%} -> {new_after.figure:.1%}")
         tell(f"old style {old.figure:.1%} -> {old_after.figure:.1%}")
-        tell(
-            f"   {caller.requests} requests meanwhile, {caller.failed} failed; {len(caller.versions)} bundles answered"
-        )
+        tell(f"{caller.requests} requests meanwhile, {caller.failed} failed; {len(caller.versions)} bundles answered")
         s.told |= {
             "accuracy_shift_before": new.figure, "accuracy_shift_after": new_after.figure,
             "accuracy_old_before": old.figure, "accuracy_old_after": old_after.figure, "repair_answers": REPAIR,
