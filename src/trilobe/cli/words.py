@@ -71,7 +71,9 @@ class Terminal:
             text = message.encode("utf-8", "replace").decode()
             hang = " " * (len(text) - len(text.lstrip(" ")) + 2)
             for line in text.splitlines() or [""]:
-                wrapped = textwrap.fill(line, max(40, self.console.width), subsequent_indent=hang)
+                wrapped = textwrap.fill(
+                    line, max(40, self.console.width), subsequent_indent=hang, break_on_hyphens=False
+                )
                 self.console.print(wrapped, markup=False, soft_wrap=True)
             return
         if message not in self.bars:
