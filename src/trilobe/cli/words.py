@@ -72,7 +72,11 @@ class Terminal:
             hang = " " * (len(text) - len(text.lstrip(" ")) + 2)
             for line in text.splitlines() or [""]:
                 wrapped = textwrap.fill(
-                    line, max(40, self.console.width), subsequent_indent=hang, break_on_hyphens=False
+                    line,
+                    max(40, self.console.width),
+                    subsequent_indent=hang,
+                    break_on_hyphens=False,
+                    break_long_words=False,
                 )
                 self.console.print(wrapped, markup=False, soft_wrap=True)
             return
