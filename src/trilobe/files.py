@@ -29,6 +29,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     except OSError as e:
         if e.errno in FULL:
             raise DiskFull(f"no space left to write {path}", hint="free some space and run it again") from e
@@ -36,3 +37,15 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside ``folder`` durable: on POSIX systems the folder is a file of its own.
+
+    >>> sync_folder(Path("."))
+    """
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

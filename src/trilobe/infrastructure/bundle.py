@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from trilobe.errors import BundleError, DiskFull, StorageError, UsageError
-from trilobe.files import FULL
+from trilobe.files import FULL, sync_folder
 from trilobe.types import Bundle
 
 FORMAT = "trilobe-bundle.v1"
@@ -71,9 +71,9 @@ def write_bundle(path: Path, files: Mapping[str, bytes], model_id: str, meta: Ma
         fresh.mkdir(parents=True)
         for name, data in {**files, MANIFEST: json.dumps(manifest, indent=2).encode()}.items():
             _write(fresh / name, data)
-        _sync_folder(fresh)
+        sync_folder(fresh)
         fresh.rename(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         shutil.rmtree(fresh, ignore_errors=True)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # somebody else was faster
@@ -219,12 +219,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename durable: on POSIX systems the folder is a file of its own."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

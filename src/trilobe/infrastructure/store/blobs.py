@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from trilobe.errors import DiskFull, StorageError, UsageError
+from trilobe.files import sync_folder
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
@@ -73,7 +74,7 @@ class Blobs:
                 with suppress(OSError):
                     draft.unlink(missing_ok=True)
                 raise
-            _sync(path.parent)
+            sync_folder(path.parent)
         return digest
 
     def get(self, digest: str) -> bytes:
@@ -102,16 +103,7 @@ def _make_folder(folder: Path) -> None:
     """A new folder is durable once its parent is synced."""
     if not folder.is_dir():
         folder.mkdir(exist_ok=True)
-        _sync(folder.parent)
-
-
-def _sync(folder: Path) -> None:
-    """A rename is durable once its folder is synced."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        sync_folder(folder.parent)
 
 
 @contextmanager
