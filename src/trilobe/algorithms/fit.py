@@ -1,7 +1,10 @@
 """Training a torch module from beliefs, and predicting with it.
 
 One loss takes any belief: certain labels, soft beliefs from noisy answers, sets from partial ones, a row per token in
-sequences. The module is given from outside; what it looks like is the task's business.
+sequences. The module is given from outside; what it looks like is the task's business. Two methods are used where a
+module has them: ``loss(x, likelihood, bootstrap)``, a loss of its own (a tagger's, over whole sequences of tags), and
+``log_proba(x)``, what it predicts where that is not ``module(x)``. Examples may be rows of unequal length (see
+:mod:`trilobe.rows`): a batch is filled up with zeros, its beliefs with ones.
 """
 
 import hashlib
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from trilobe.algorithms.weights import from_safetensors, to_safetensors
 from trilobe.errors import TrainingError, UsageError
 from trilobe.files import write_atomically
+from trilobe.rows import apply, as_rows, flat, is_ragged, lengths, pad
 from trilobe.types import FloatArray
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -98,7 +102,7 @@ def fit(
     progress: Progress | None = None,
     every: float = 3.0,
 ) -> list[float]:
-    """Train ``module`` in place on ``X`` ``(n, ...)`` float32 and ``likelihood`` ``(n, ..., n_classes)``.
+    """Train ``module`` in place on ``X`` ``(n, ...)`` float32 (or rows) and ``likelihood`` ``(n, ..., n_classes)``.
 
     The same arguments give the same weights, also when the process was killed in between: with ``checkpoint`` the
     whole state (weights, moments, random numbers, step) is written every few seconds and found again. A file that
@@ -126,10 +130,11 @@ def fit(
     True
     """
     x, target = _checked(X, likelihood)
+    own: Callable[..., Tensor] | None = getattr(module, "loss", None)
     total = plan.total_steps(len(x))
     optimizer = torch.optim.AdamW(module.parameters(), lr=plan.lr, weight_decay=plan.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.lr, total_steps=total)
-    run = repr((plan, str(module), getattr(augment, "__qualname__", None), x.shape, target.shape))
+    run = repr((plan, str(module), getattr(augment, "__qualname__", None)))
     state = _Resumable(module, optimizer, plan.seed, (x, target), run, checkpoint)
     generator, order, losses = state.generator, state.order, []
     module.train()
@@ -139,14 +144,13 @@ def fit(
         for step in range(start, total):
             at = step % batches
             if at == 0:
-                order.copy_(torch.randperm(len(x), generator=generator))
+                order.copy_(_shuffled(x, plan.batch_size, generator))
             batch = order.tensor_split(batches)[at]  # of even size: a last batch of two would be noise
             if len(batch) == 1:
                 batch = torch.cat([batch, order[:1]])  # batch normalization needs two
-            xb = x[batch]
-            loss = belief_loss(
-                _logits(module, augment(xb, generator) if augment else xb), target[batch], plan.bootstrap
-            )
+            xb, told = x[batch], target[batch]
+            xb = augment(xb, generator) if augment else xb
+            loss = own(xb, told, plan.bootstrap) if own else belief_loss(_logits(module, xb), told, plan.bootstrap)
             losses.append(float(loss.detach()))
             if not np.isfinite(losses[-1]):
                 raise TrainingError(
@@ -171,13 +175,25 @@ def fit(
 def predict_logits(module: nn.Module, X: FloatArray, batch_size: int = 1024) -> FloatArray:
     """Logits of ``X`` ``(n, ...)`` in eval mode, ``(n, n_classes)`` float32 (any shape the module gives).
 
+    For rows of unequal length those of each token are rows too, ``(T_i, n_classes)``; batches are then of texts of
+    about one length.
+
     >>> predict_logits(nn.Linear(2, 3), np.zeros((5, 2), dtype=np.float32)).shape
     (5, 3)
     """
     module.eval()
+    predict = getattr(module, "log_proba", None) or (lambda x: _logits(module, x))
     with torch.no_grad():
-        parts = [_logits(module, _tensor(X[i : i + batch_size])) for i in range(0, max(len(X), 1), batch_size)]
-    return np.asarray(torch.cat(parts).numpy())
+        if not is_ragged(X):
+            parts = [predict(_tensor(X[i : i + batch_size])) for i in range(0, max(len(X), 1), batch_size)]
+            return np.asarray(torch.cat(parts).numpy())
+        out: list[FloatArray] = [np.empty(0)] * len(X)
+        size = lengths(X)
+        for index in np.array_split(np.argsort(size, kind="stable"), -(-len(X) // min(batch_size, 128))):
+            logits = predict(_tensor(pad(X[index])[0])).numpy()
+            for i, row in zip(index, logits, strict=True):
+                out[i] = row[: size[i]].copy() if row.ndim > 1 else row
+        return as_rows(out)
 
 
 def cross_fit(
@@ -202,15 +218,14 @@ def cross_fit(
     if n < 2:
         raise UsageError(f"cross-fitting on {n} example(s)", expected="at least 2")
     part = np.random.default_rng(plan.seed).permutation(n) % folds
-    out: FloatArray | None = None
+    out: list[FloatArray] = [np.empty(0)] * n
     for fold in range(folds):
         held = part == fold
         module = make()
         fit(module, X[~held], likelihood[~held], plan, augment, progress=progress)
-        logits = predict_logits(module, X[held])
-        out = np.empty((n, *logits.shape[1:]), dtype=np.float32) if out is None else out
-        out[held] = logits
-    return np.asarray(out)
+        for i, logits in zip(np.flatnonzero(held), predict_logits(module, X[held]), strict=True):
+            out[i] = logits
+    return as_rows(out)
 
 
 def check_finite(module: nn.Module) -> None:
@@ -225,15 +240,51 @@ def check_finite(module: nn.Module) -> None:
             )
 
 
-def _checked(X: FloatArray, likelihood: FloatArray) -> tuple[Tensor, Tensor]:
+class _Batches:
+    """Examples on which to train, dense or rows; what is taken by a batch of indices is a tensor."""
+
+    def __init__(self, array: FloatArray, fill: float) -> None:
+        self.fill, self.dense, self.rows = fill, None, array
+        if not is_ragged(array):
+            self.dense = _tensor(array)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, batch: Tensor) -> Tensor:
+        if self.dense is not None:
+            return self.dense[batch]
+        return torch.from_numpy(pad(self.rows[batch.numpy()], self.fill)[0])
+
+    def tobytes(self) -> bytes:
+        """The content, for a digest."""
+        flat_rows = flat(self.rows) if len(self) else self.rows
+        return repr(lengths(self.rows).tolist() if is_ragged(self.rows) else self.rows.shape).encode() + (
+            np.ascontiguousarray(flat_rows, dtype=np.float32).tobytes()
+        )
+
+
+def _checked(X: FloatArray, likelihood: FloatArray) -> tuple[_Batches, _Batches]:
     if len(X) != len(likelihood) or not len(X):
         raise UsageError(f"{len(X)} examples with {len(likelihood)} beliefs", expected="as many, at least one")
     for name, array in (("X", X), ("likelihood", likelihood)):
-        if not np.isfinite(array).all():
+        if not np.isfinite(flat(array)).all():
             raise TrainingError(f"NaN or infinity in {name}", expected="finite numbers")
-    if (likelihood < 0).any() or (likelihood.sum(axis=-1) <= 0).any():
+    told = flat(likelihood)
+    if (told < 0).any() or (told.sum(axis=-1) <= 0).any():
         raise TrainingError("a belief that is negative, or zero for every class", expected="a class left possible")
-    return _tensor(X), _tensor(likelihood / likelihood.max(axis=-1, keepdims=True))  # only ratios count
+    ratios = apply(lambda row: row / row.max(axis=-1, keepdims=True), likelihood)  # only ratios count
+    return _Batches(X, 0.0), _Batches(ratios, 1.0)
+
+
+def _shuffled(x: _Batches, batch_size: int, generator: torch.Generator) -> Tensor:
+    """A random order; of rows one in which neighbors are about equally long, so that little is filled up in vain."""
+    order = torch.randperm(len(x), generator=generator)
+    if x.dense is not None:
+        return order
+    size = torch.from_numpy(lengths(x.rows))
+    parts = torch.tensor_split(order, -(-len(order) // (16 * batch_size)))
+    return torch.cat([part[size[part].argsort(stable=True)] for part in parts])
 
 
 def _tensor(array: FloatArray) -> Tensor:
@@ -259,7 +310,7 @@ class _Resumable:
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         seed: int,
-        data: tuple[Tensor, Tensor],
+        data: "tuple[_Batches, _Batches]",
         run: str,
         path: Path | None,
     ) -> None:
@@ -268,8 +319,8 @@ class _Resumable:
         self.order = torch.arange(len(data[0]))
         self.saved_at = time.monotonic()
         digest = hashlib.sha256(run.encode())
-        for tensor in (*data, *module.state_dict().values()) if path else ():
-            digest.update(tensor.numpy().tobytes())
+        for part in (*data, *(v.numpy() for v in module.state_dict().values())) if path else ():
+            digest.update(part.tobytes())
         self.key = digest.hexdigest()
 
     def save(self, step: int, every: float) -> None:
