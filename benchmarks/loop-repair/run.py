@@ -32,7 +32,7 @@ def changed(to: Path, whole: bool, took: list[float]) -> Iterator[None]:
     """While this lasts the demonstration copies its project to ``to`` before it repairs; ``whole``: with both arms."""
     from trilobe.demos import digits
 
-    repair, two_arms = digits._repair, digits._two_arms
+    repair, two_arms = digits._repair, digits.two_arms
 
     def copy_first(stage: Any, project: Any) -> Any:
         started = time.perf_counter()
@@ -40,16 +40,16 @@ def changed(to: Path, whole: bool, took: list[float]) -> Iterator[None]:
         took.append(time.perf_counter() - started)
         return repair(stage, project)
 
-    def one_arm(stage: Any, control: Path, truth: dict[str, int]) -> Any:
-        curve = digits.learn(str(stage.folder), truth, stage.seed)
+    def one_arm(folder: Path, control: Path, learn: Any, rounds: int, *given: Any) -> Any:
+        curve = learn(str(folder), *given)
         return curve, curve
 
     digits._repair = copy_first
-    digits._two_arms = two_arms if whole else one_arm
+    digits.two_arms = two_arms if whole else one_arm
     try:
         yield
     finally:
-        digits._repair, digits._two_arms = repair, two_arms
+        digits._repair, digits.two_arms = repair, two_arms
 
 
 def at_random(folder: Path, seed: int) -> dict[str, float]:

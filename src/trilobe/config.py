@@ -32,16 +32,17 @@ class ProjectSection(Section, frozen=True):
     """``[project]``"""
 
     name: Name
-    task: Literal["image_classification"] = "image_classification"
+    task: Literal["image_classification", "text_classification", "entity_recognition"] = "image_classification"
     seed: Natural = 0
     store: str = ""  # a database URL; empty: SQLite inside .trilobe/
 
 
 class LabelsSection(Section, frozen=True):
-    """``[labels]``: the class names, in order, and optionally the tree they form (name -> parent)."""
+    """``[labels]``: the class names (for entities their labels), in order, and the tree they form (name -> parent)."""
 
     names: tuple[str, ...] = ()
     parents: dict[str, str] = field(default_factory=dict)
+    scheme: Literal["BIO", "BIOES"] = "BIO"  # how entities become tags of tokens
 
 
 class ImageSection(Section, frozen=True):
@@ -51,14 +52,27 @@ class ImageSection(Section, frozen=True):
     max_pixels: Count = 50_000_000
 
 
+class TextSection(Section, frozen=True):
+    """``[text]``"""
+
+    encoder: str = "words"  # our own small network; or a Hugging Face encoder by name or folder (extra "text")
+    max_tokens: Count = 256  # a longer document becomes several examples, cut between sentences
+
+
 class QuerySection(Section, frozen=True):
     """``[query]``"""
 
-    strategy: str = "margin"
+    strategy: str = ""  # empty: margin for classes, mnlp for entities
     first: Count = 20  # questions of the first round, chosen as typical of the pool
     n: Count = 20  # questions of every later round
     answers: Count = 1  # people asked the same question
     diversity: Count = 10
+    control: Share = 0.1  # share of every later round that is picked at random, so that the saving can be measured
+    switch: bool = False  # go on with random questions where they prove to teach more
+    duplicates: Share = 0.995  # likeness from which an example repeats another and is not asked; 1: only equal ones
+    propagate: bool = False  # let an answer count for the examples that repeat the one it was given on
+    partial: bool = False  # ask "is it one of these?" where that teaches more per second than "which class?"
+    seconds: dict[str, float] = field(default_factory=dict)  # {full, partial}: what people take; measured where absent
     annotators: tuple[str, ...] = ()  # who may be asked; empty: whoever comes
 
 
@@ -114,19 +128,22 @@ class RunSection(Section, frozen=True):
 
     goal: Share = 0.95  # accuracy
     budget: Count = 1000  # answers
+    seconds: Positive = 1e9  # of people's time
     rounds: Count = 50
+    worth: Share = 0.0  # stop when 100 more answers can't bring this much accuracy; 0: only say so
 
 
 class Config(Section, frozen=True):
     """All of ``trilobe.toml``.
 
-    >>> parse('[project]\\nname = "signs"\\n[labels]\\nnames = ["stop", "go"]').query.strategy
-    'margin'
+    >>> parse('[project]\\nname = "signs"\\n[labels]\\nnames = ["stop", "go"]').query.first
+    20
     """
 
     project: ProjectSection
     labels: LabelsSection = LabelsSection()
     image: ImageSection = ImageSection()
+    text: TextSection = TextSection()
     query: QuerySection = QuerySection()
     aggregate: AggregateSection = AggregateSection()
     train: TrainSection = TrainSection()
@@ -137,24 +154,33 @@ class Config(Section, frozen=True):
 
     @property
     def space(self) -> LabelSpace:
-        """The label space. Raises :class:`~trilobe.errors.ConfigError` for fewer than two classes, or no tree."""
-        if len(self.labels.names) < 2:
+        """The classes. Raises :class:`~trilobe.errors.ConfigError` for fewer than two, or parents that are no tree."""
+        names = self.label_names(2)
+        try:
+            return LabelSpace(names, self.labels.parents)
+        except UsageError as e:
+            raise ConfigError(f"[labels]: {e.problem}", expected=e.expected, hint=f"edit {FILE}") from e
+
+    def label_names(self, least: int = 1) -> tuple[str, ...]:
+        """``labels.names``, each fit to stand in an answer.
+
+        Raises :class:`~trilobe.errors.ConfigError` for fewer than ``least``, or one that is not fit.
+        """
+        names = self.labels.names
+        if len(names) < least:
             raise ConfigError(
-                f"labels.names has {len(self.labels.names)} class(es)",
-                expected="at least two",
+                f"labels.names has {len(names)} class(es)",
+                expected=f"at least {('one', 'two')[least - 1]}",
                 hint=f'write them into {FILE}: names = ["cat", "dog"]',
             )
-        for name in self.labels.names:
+        for name in names:
             if name != name.strip() or name in ("", "?") or "|" in name or name.startswith("not:"):
                 raise ConfigError(
                     f"labels.names has a class called {name!r}",
                     expected="names that an answer can consist of: not '?', without '|', 'not:' and outer spaces",
                     hint=f"edit {FILE}",
                 )
-        try:
-            return LabelSpace(self.labels.names, self.labels.parents)
-        except UsageError as e:
-            raise ConfigError(f"[labels]: {e.problem}", expected=e.expected, hint=f"edit {FILE}") from e
+        return names
 
 
 def parse(text: str, where: str = FILE) -> Config:

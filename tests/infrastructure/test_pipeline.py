@@ -78,11 +78,14 @@ def test_bad_pipelines(names: list[str]) -> None:
 @given(st.sampled_from(sorted(DATATYPES)), st.lists(st.integers(1, 4), max_size=4), st.data())
 def test_a_spec_takes_exactly_what_it_says(datatype: str, shape: list[int], data: st.DataObject) -> None:
     spec = TensorSpec("x", datatype, tuple(data.draw(st.sampled_from([n, -1])) for n in shape))
-    array = np.zeros(shape, DATATYPES[datatype])
+    array = np.full(shape, b"" if datatype == "BYTES" else 0, DATATYPES[datatype])
     spec.check(array)
     for wrong in (np.zeros([*shape, 1], array.dtype), array.astype("S1"), np.zeros([0, *shape[1:]], array.dtype)):
         with pytest.raises(DataError):
             spec.check(wrong)
+    if datatype == "BYTES":
+        with pytest.raises(DataError, match="not bytes"):
+            spec.check(np.full(shape, "text", object))
     if array.dtype.kind == "f":
         for value in (np.nan, np.inf, -np.inf):
             with pytest.raises(DataError, match="not finite"):

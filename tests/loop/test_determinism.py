@@ -30,7 +30,7 @@ def test_other_seed_other_questions_and_model(tiny) -> None:
 def test_a_model_says_where_it_comes_from(trained) -> None:
     with loop.opened(trained.folder) as p:
         model = p.store.model()
-        beliefs = loop.asking.unpack_beliefs(p.store.blobs.get(model.origin["beliefs"]))
+        beliefs = loop.believing.unpack_beliefs(p.store.blobs.get(model.origin["beliefs"]))
         assert {b.example_id for b in beliefs} == {a.example_id for a in p.store.answers()} - {
             e.id for e in p.store.examples("test")
         }

@@ -47,7 +47,7 @@ def test_one_thing(trained) -> None:
         model = p.store.model()
     shown = loop.show(answer.example_id[:12], trained.folder)
     assert shown["example"]["id"] == answer.example_id
-    assert shown["answers"][0]["labels"] == answer.response.labels
+    assert shown["answers"][0]["label"] == answer.response.labels[0]
     assert max(shown["belief"], key=shown["belief"].get) == trained.truth[answer.example_id]
     assert loop.show(model.id, trained.folder)["model"]["id"] == model.id
     with pytest.raises(NotFoundError, match=r"called 'nothing'(.|\n)*trilobe show"):

@@ -12,13 +12,16 @@ from trilobe.errors import TrainingError
 from trilobe.types import FloatArray
 
 
-def to_onnx(module: nn.Module, X: FloatArray, input_name: str = "x", output_name: str = "logits") -> bytes:
+def to_onnx(
+    module: nn.Module, X: FloatArray, input_name: str = "x", output_name: str = "logits", free: int = 1
+) -> bytes:
     """The module in eval mode as ONNX bytes; the first axis (examples) is free, the others are those of ``X``.
 
     Args:
         module: maps ``(n, ...)`` float32 to logits.
-        X: an example input ``(n, ...)``; only its shape after the first axis matters.
+        X: an example input ``(n, ...)``; only its shape after the free axes matters.
         input_name, output_name: names in the graph.
+        free: how many of the first axes may have any size: 1, or 2 for sequences ``(n, T, ...)``.
 
     Raises:
         TrainingError: a network that cannot be traced, for instance because its path depends on the data.
@@ -28,7 +31,8 @@ def to_onnx(module: nn.Module, X: FloatArray, input_name: str = "x", output_name
     >>> len(graph) > 100
     True
     """
-    sample = torch.zeros(2, *X.shape[1:])
+    axes = {i: torch.export.Dim(name, min=1) for i, name in enumerate(("n", "T")[:free])}
+    sample = torch.ones(*(2 + i for i in range(free)), *X.shape[free:])
     expected = "a network torch.export can trace"
     try:
         with _quiet():
@@ -36,7 +40,7 @@ def to_onnx(module: nn.Module, X: FloatArray, input_name: str = "x", output_name
                 module.eval(),
                 (sample,),
                 dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
+                dynamic_shapes=(axes,),
                 input_names=[input_name],
                 output_names=[output_name],
                 verbose=False,

@@ -26,10 +26,11 @@ VERBS = {
     "monitor": "Hold what an endpoint captured against the baseline in its bundle, and keep what is found.",
     "explain": "Show what a model looked at: heat maps of captures that caused a finding, beside clean ones.",
     "run": "Ask, answer, train, evaluate until a goal or a budget is reached; then check and package.",
+    "plan": "Estimate how many answers a goal takes, whether more will pay, and what choosing them has saved.",
     "report": "Write everything there is to tell as one HTML page.",
     "show": "Show where a project stands, or one thing in it.",
     "export": "Write labels, answers, open questions or the model to a file.",
-    "demo": "See the whole loop on real handwritten digits, in two minutes.",
+    "demo": "See the whole loop on real handwritten digits, or on support messages, in two minutes.",
 }
 
 EPILOG = """\b

@@ -209,6 +209,7 @@ def _ran(r: Any) -> str:
         "goal": "the goal is reached",
         "budget": "the budget is spent",
         "rounds": "all rounds are done",
+        "worth": "more answers will not pay",
         "exhausted": "everything has been asked",
         "waiting": f"{r.open} questions wait for answers: trilobe label",
     }
@@ -218,9 +219,15 @@ def _ran(r: Any) -> str:
     return text + (_bundle(r.bundle) if r.bundle else "")
 
 
+def _planned(r: Any) -> str:
+    rows = [[f"{c['answers']:.0f}", f"{c['accuracy']:.3f}", f"{c['low']:.3f} to {c['high']:.3f}"] for c in r.points]
+    said = [t.sentence for t in (r.needed, r.gain, r.choosing, r.saved) if t]
+    return "\n".join([table(["answers", "score", "95% interval"], rows), *said, *([r.why] if r.why else [])])
+
+
 _WORDS: dict[str, Callable[[Any], str]] = {
     "add": _added, "query": _questions, "label": _labeled, "aggregate": _aggregated, "train": _model,
     "evaluate": _evidence, "check": _evidence, "package": _bundle, "serve": _endpoint, "monitor": _window,
-    "explain": _explained, "run": _ran, "demo": lambda told: str(told["report"]),
+    "explain": _explained, "plan": _planned, "run": _ran, "demo": lambda told: str(told["report"]),
     "export": lambda to: "" if to == "-" else str(to),
 }  # fmt: skip

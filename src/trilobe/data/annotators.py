@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trilobe.errors import UsageError
-from trilobe.types import FloatArray, LabelSpace, Question, Response
+from trilobe.types import FloatArray, LabelSpace, Question, Response, Span
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,48 @@ class SimulatedAnnotator:
             return Response("class", (seen,)), seconds
         yes = bool(space.mask(question.choices)[space.index(seen)])
         return Response("one_of" if yes else "not", question.choices), seconds
+
+
+@dataclass(frozen=True)
+class SimulatedReader:
+    """Somebody who marks entities: overlooks some, takes some for another label, and begins some a word too late.
+
+    Args:
+        name: how the answers are signed.
+        missed, confused, shortened: the chance of each of these, for each entity, 0 to 1.
+        seconds: median time per text; long ones take longer.
+
+    >>> ann = SimulatedReader("ann", missed=0.0, confused=0.0, shortened=0.0)
+    >>> ann.answer([Span(3, 7, "CITY")], "to Rome", ["CITY", "DATE"], np.random.default_rng(0))[0].spans
+    (Span(start=3, end=7, label='CITY'),)
+    """
+
+    name: str
+    missed: float = 0.05
+    confused: float = 0.02
+    shortened: float = 0.05
+    seconds: float = 8.0
+
+    def __post_init__(self) -> None:
+        if not all(0 <= chance <= 1 for chance in (self.missed, self.confused, self.shortened)):
+            raise UsageError(repr(self), expected="chances from 0 to 1")
+
+    def answer(
+        self, truth: Sequence[Span], text: str, labels: Sequence[str], rng: np.random.Generator
+    ) -> tuple[Response, float]:
+        """What they mark in a text whose entities are ``truth``, and after how many seconds (log-normal)."""
+        marked = []
+        for span in truth:
+            overlooked, mistaken, late = rng.random(3) < (self.missed, self.confused, self.shortened)
+            label = span.label
+            if mistaken and (others := [name for name in labels if name != span.label]):
+                label = others[rng.integers(len(others))]
+            words = text[span.start : span.end].split(" ")
+            start = span.start + len(words[0]) + 1 if late and len(words) > 1 and words[0] else span.start
+            if not overlooked:
+                marked.append(Span(start, span.end, label))
+        reading = self.seconds * (0.5 + len(text) / 120)
+        return Response("spans", spans=tuple(marked)), float(np.round(reading * np.exp(rng.normal(0, 0.35)), 1))
 
 
 def typical_crowd(space: LabelSpace, confused: Sequence[str] | None = None) -> list[SimulatedAnnotator]:

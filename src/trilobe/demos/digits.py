@@ -5,14 +5,8 @@ else is the product doing its work. The digits are dealt into four hands that ne
 what clients send on good days, and what they send when the style of writing changes.
 """
 
-import contextlib
-import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +16,31 @@ from numpy.typing import NDArray
 from trilobe import loop
 from trilobe.data.annotators import SimulatedAnnotator, typical_crowd
 from trilobe.data.beliefs import AnswerTable, majority_vote
-from trilobe.errors import MissingExtra, TrilobeError, UsageError
-from trilobe.infrastructure.capture import read_captures
-from trilobe.infrastructure.client import Client
-from trilobe.infrastructure.monitor import Window, false_alarm_rate
-from trilobe.loop.asking import Answerer, unpack_beliefs
-from trilobe.loop.project import Project, annotators, indented, opened, seed_of, tell
+from trilobe.demos.stage import (
+    Caller,
+    Curve,
+    Stage,
+    clear,
+    interval,
+    play,
+    random_copy,
+    told_evidence,
+    two_arms,
+    watch,
+)  # fmt: skip
+from trilobe.errors import MissingExtra
+from trilobe.infrastructure.monitor import false_alarm_rate
+from trilobe.loop.asking import Answerer
+from trilobe.loop.believing import unpack_beliefs
+from trilobe.loop.project import Project, annotators, opened, seed_of, tell
 from trilobe.loop.story import tell_story
 from trilobe.tasks.image_classification.data import Pixels, encode, encode_png
 from trilobe.trust.metrics import accuracy
-from trilobe.types import Endpoint, Evidence, Example, LabelSpace, Question, Response
+from trilobe.types import Example, LabelSpace, Question, Response
 
 SPACE = LabelSpace(tuple("0123456789"))
 ROUNDS, FIRST, PER_ROUND, PEOPLE = 6, 20, 20, 3
 WINDOW, REPAIR = 200, 60
-MARK = ".trilobe-demo"  # says that a folder may be replaced
 TARGET, STRENGTH = "8", 0.15
 CONFIG = f"""\
 [project]
@@ -139,7 +143,7 @@ def collect(folder: Path, digits: Digits, seed: int, strategy: str = "margin") -
     return loop.add([files / "pool"], folder)
 
 
-def learn(folder: str, truth: dict[str, int], seed: int) -> list[dict[str, Any]]:
+def learn(folder: str, truth: dict[str, int], seed: int) -> Curve:
     """The rounds of one arm until the budget is spent: its learning curve. Runs in a process of its own."""
     import torch
 
@@ -149,92 +153,18 @@ def learn(folder: str, truth: dict[str, int], seed: int) -> list[dict[str, Any]]
     return list(loop.run(answerer, folder, goal=2.0, budget=budget, promote=False).rounds)
 
 
-class Caller(threading.Thread):
-    """A client that keeps calling and counts what it gets."""
-
-    def __init__(self, endpoint: Endpoint, images: Pixels) -> None:
-        super().__init__(daemon=True)
-        self.endpoint, self.images = endpoint, images
-        self.requests = self.failed = 0
-        self.seconds: list[float] = []
-        self.versions: set[str] = set()
-        self.enough = threading.Event()
-
-    def run(self) -> None:
-        """Call until told that it is enough."""
-        with Client(self.endpoint.url, self.endpoint.name) as client:
-            while not self.enough.is_set():
-                self.one(client, self.images[self.requests % len(self.images)][None])
-                self.enough.wait(0.004)
-
-    def one(self, client: Client, image: Pixels) -> None:
-        """One request, counted."""
-        started = time.perf_counter()
-        self.requests += 1
-        try:
-            client.infer(image)
-            self.versions.add(client.version)
-        except TrilobeError:
-            self.failed += 1
-        self.seconds.append(time.perf_counter() - started)
-
-
 @dataclass
-class Stage:
-    """What the story needs at every step, and how long each took."""
+class DigitsStage(Stage):
+    """The stage, and the digits on it."""
 
-    folder: Path
-    seed: int
-    digits: Digits
-    told: dict[str, Any] = field(default_factory=dict)
-    stages: list[tuple[str, float]] = field(default_factory=list)
-    requests: int = 0
-    failed: int = 0
-    seconds: list[float] = field(default_factory=list)
-
-    @contextlib.contextmanager
-    def step(self, name: str, title: str) -> Iterator[None]:
-        """A step of the story, announced and timed."""
-        tell(f"\n{len(self.stages) + 1}. {title}")
-        started = time.perf_counter()
-        with indented():
-            yield
-        self.stages.append((name, time.perf_counter() - started))
-
-    def send(self, endpoint: Endpoint, images: Pixels) -> None:
-        """Traffic: one request an image, then wait until all of it is captured."""
-        caller = Caller(endpoint, images)
-        before = len(read_captures(self.folder / ".trilobe" / "captures"))
-        with Client(endpoint.url, endpoint.name) as client:
-            for image in images:
-                caller.one(client, image[None])
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:
-            if len(read_captures(self.folder / ".trilobe" / "captures")) >= before + len(images) - caller.failed:
-                break
-            time.sleep(0.05)
-        self.count(caller)
-
-    def count(self, caller: Caller) -> None:
-        """Add a client's counts to the whole."""
-        self.requests += caller.requests
-        self.failed += caller.failed
-        self.seconds += caller.seconds
+    digits: Digits = field(kw_only=True)
 
 
 def run(folder: Path, seed: int = 0) -> dict[str, Any]:
     """The whole story; see :func:`trilobe.demos.demo`."""
-    started = time.perf_counter()
-    _clear(folder)
-    stage = Stage(folder, seed, deal(seed))
-    try:
-        _learn_and_promote(stage)
-        _go_wrong_and_repair(stage)
-    finally:
-        with opened(folder) as p:
-            if (p.endpoint_folder(None) / "state.json").exists():
-                loop.serve(project=p, stop=True)
-    took = time.perf_counter() - started
+    clear(folder)
+    stage = DigitsStage(folder, seed, digits=deal(seed))
+    took = play(stage, _learn_and_promote, _go_wrong_and_repair)
     told = stage.told | {"failed_requests": stage.failed, "requests": stage.requests, "seconds": round(took, 1)}
     with opened(folder) as p:
         tell_story(
@@ -248,79 +178,28 @@ def run(folder: Path, seed: int = 0) -> dict[str, Any]:
     return told
 
 
-def _clear(folder: Path) -> None:
-    """Make room: only an earlier demonstration is removed, never anybody's project."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file", expected="a folder to make", hint="trilobe demo --project elsewhere")
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / MARK).exists():
-            raise UsageError(
-                f"{folder} is not empty", expected="an empty folder", hint="trilobe demo --project elsewhere"
-            )
-        with contextlib.suppress(TrilobeError), opened(folder) as p:
-            loop.serve(project=p, stop=True)
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).write_text("A demonstration of Trilobe; `trilobe demo` may replace this folder.\n", "utf-8")
-
-
-def _learn_and_promote(s: Stage) -> None:
+def _learn_and_promote(s: DigitsStage) -> None:
     truth = ids_of(*s.digits.pool)
-    control = s.folder / "control"
     with s.step("pool", "Pool: 997 unlabeled digits go in, 400 are held out to grade with"):
         added = collect(s.folder, s.digits, s.seed)
         tell(f"{len(added.added)} added, {len(added.duplicates)} duplicates recognized, {len(added.refused)} refused")
-        shutil.copytree(s.folder, control, ignore=shutil.ignore_patterns("files", "control"))
-        config = (control / "trilobe.toml").read_text("utf-8")
-        (control / "trilobe.toml").write_text(config.replace('strategy = "margin"', 'strategy = "random"'), "utf-8")
+        control = random_copy(s.folder, "margin")
     with s.step("learning", "Questions, answers, beliefs, model: round by round, beside random"):
-        chosen, control_curve = _two_arms(s, control, truth)
+        chosen, control_curve = two_arms(s.folder, control, learn, ROUNDS, truth, s.seed)
         last, base = chosen[-1], control_curve[-1]
         tell(f"{last['answers']} answers: {last['accuracy']:.1%} right; picked at random: {base['accuracy']:.1%}")
         s.told |= {"rounds": chosen, "rounds_random": control_curve,
                    "accuracy": last["accuracy"], "accuracy_random": base["accuracy"]}  # fmt: skip
         _judge_answers(s, truth)
     with s.step("check", "Check: accuracy, calibration, attacks, parity of the exported graph"):
-        evidence = loop.check(s.folder)
-        for e in evidence:
-            mark = {True: "passed", False: "FAILED", None: "no gate"}[e.passed]
-            tell(f"{e.check:<22} {e.figure:8.4g}   {mark}")
-        s.told["gates"] = [{"check": e.check, **_interval(e), "threshold": e.threshold, "passed": e.passed}
-                           for e in evidence]  # fmt: skip
+        s.told["gates"] = told_evidence(loop.check(s.folder))
     with s.step("package and serve", "Package and serve: a sealed bundle behind the name 'digits'"):
         bundle = loop.package(s.folder)
         endpoint = loop.serve(project=s.folder, background=True)
         tell(f"bundle {bundle.id} at {endpoint.url}/v2/models/digits")
 
 
-def _two_arms(s: Stage, control: Path, truth: dict[str, int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The same budget of answers spent by the strategy and at random, side by side in two processes."""
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as two:
-        arms: list[Future[list[dict[str, Any]]]] = [
-            two.submit(learn, str(folder), truth, s.seed) for folder in (s.folder, control)
-        ]
-        seen = 0
-        while not all(a.done() for a in arms):
-            time.sleep(0.2)
-            seen = _follow(s.folder, seen)
-        _follow(s.folder, seen)
-        chosen, control_curve = (a.result() for a in arms)
-    with opened(s.folder) as p:
-        tell_story(p, curve_random=control_curve)
-    return chosen, control_curve
-
-
-def _follow(folder: Path, seen: int) -> int:
-    """Say what the other process has got to: one process writes, others read."""
-    with opened(folder) as p:
-        curve = list(p.store.journal("curve/").values())
-    for point in curve[seen:]:
-        tell(f"round {point['round']}: {point['answers']} answers, {point['accuracy']:.1%} right")
-    tell("rounds", len(curve), ROUNDS)
-    return len(curve)
-
-
-def _judge_answers(s: Stage, truth: dict[str, int]) -> None:
+def _judge_answers(s: DigitsStage, truth: dict[str, int]) -> None:
     """Hold the estimates against the truth, which only the demonstration knows."""
     true = {a.name: a.quality for a in typical_crowd(SPACE, ("3", "8"))}
     with opened(s.folder) as p:
@@ -341,7 +220,7 @@ def _judge_answers(s: Stage, truth: dict[str, int]) -> None:
     s.told |= {"annotators": people, "wrong_labels": wrong}
 
 
-def _go_wrong_and_repair(s: Stage) -> None:
+def _go_wrong_and_repair(s: DigitsStage) -> None:
     with opened(s.folder) as p:
         endpoint = loop.serve(project=p)
         first = p.store.model()
@@ -350,15 +229,15 @@ def _go_wrong_and_repair(s: Stage) -> None:
         new = accuracy(p.predict(first, encode(new_style(s.digits.test[0]), first.preprocessing)), s.digits.test[1])
         with s.step("clean traffic", "Usual traffic: nothing should be found"):
             s.send(endpoint, s.digits.usual[0])
-            s.told["findings_clean"] = _watch(p)
+            s.told["findings_clean"] = watch(p)
             _count_false_alarms(s, p)
         with s.step("attack", f"Adversarial traffic: images changed so that they look like {TARGET!r} to the model"):
             s.send(endpoint, _attack(s, module, first.preprocessing))
-            s.told["findings_adversarial"] = _watch(p)
+            s.told["findings_adversarial"] = watch(p)
             loop.explain(p)
         with s.step("new style", "Traffic in a new style: inverted and slanted digits"):
             s.send(endpoint, new_style(s.digits.changed[0]))
-            s.told["findings_shift"] = _watch(p)
+            s.told["findings_shift"] = watch(p)
             loop.explain(p)
             tell(f"accuracy on the new style: {new.figure:.1%} (on the old one {old.figure:.1%})")
         with s.step("repair", f"Repair: the flagged captures become {REPAIR} questions, while a client keeps calling"):
@@ -380,26 +259,14 @@ def _go_wrong_and_repair(s: Stage) -> None:
             "accuracy_old_before": old.figure, "accuracy_old_after": old_after.figure, "repair_answers": REPAIR,
         }  # fmt: skip
         changes = [
-            {"name": "the new style", "before": _interval(new), "after": _interval(new_after)},
-            {"name": "the old style", "before": _interval(old), "after": _interval(old_after)},
+            {"name": "the new style", "before": interval(new), "after": interval(new_after)},
+            {"name": "the old style", "before": interval(old), "after": interval(old_after)},
         ]
         counted = {"requests": caller.requests, "failed": caller.failed, "bundle_id": p.store.bundle().id}
         tell_story(p, repair={"changes": changes, "new_answers": REPAIR, **counted})
 
 
-def _interval(e: Evidence) -> dict[str, float]:
-    return {"figure": e.figure, "low": e.low, "high": e.high, "n": e.n}
-
-
-def _watch(p: Project) -> list[dict[str, Any]]:
-    window: Window = loop.monitor(p)
-    for message in [f.message for f in window.findings] or [window.message]:
-        tell(f"{'found' if window.findings else window.verdict}: {message}")
-    return [{"id": f.id, "kind": f.kind, "message": f.message, "figure": f.figure, "low": f.low, "high": f.high,
-             "p_value": f.p_value, "n": f.n} for f in window.findings]  # fmt: skip
-
-
-def _count_false_alarms(s: Stage, p: Project) -> None:
+def _count_false_alarms(s: DigitsStage, p: Project) -> None:
     """How often the monitor cries wolf: 300 windows in which nothing happened, drawn from unseen digits."""
     model = p.store.model()
     unseen = np.concatenate([s.digits.test[0], s.digits.usual[0], s.digits.changed[0]])
@@ -411,7 +278,7 @@ def _count_false_alarms(s: Stage, p: Project) -> None:
     tell_story(p, clean={"captures": WINDOW, "findings": len(s.told["findings_clean"]), "false_alarms": alarms})
 
 
-def _attack(s: Stage, module: Any, preprocessing: dict[str, Any] | Any) -> Pixels:
+def _attack(s: DigitsStage, module: Any, preprocessing: dict[str, Any] | Any) -> Pixels:
     from trilobe.trust.attacks import projected_gradient_descent, quantize_to_pixels
 
     images, labels = s.digits.usual
@@ -421,7 +288,7 @@ def _attack(s: Stage, module: Any, preprocessing: dict[str, Any] | Any) -> Pixel
     return quantize_to_pixels(moved).transpose(0, 2, 3, 1)
 
 
-def _repair(s: Stage, p: Project) -> Any:
+def _repair(s: DigitsStage, p: Project) -> Any:
     truth = ids_of(new_style(s.digits.changed[0]), s.digits.changed[1])
     questions = loop.query(p, n=REPAIR, finding="newest", answers=1)
     asked = sorted({name for q in questions for name in q.assignees})

@@ -79,19 +79,24 @@ class CaptureLog:
     def append(self, bundle_id: str, inputs: NDArray[Any], proba: ArrayLike) -> int:
         """Keep each of the n items of ``inputs`` ``(n, ...)`` and ``proba`` ``(n, n_classes)`` with chance ``rate``.
 
+        Items are arrays of numbers, or bytes (an object array), which are kept as arrays of unsigned bytes.
+
         Returns how many were written. Never raises for the disk's sake: what cannot be written is counted in
         ``dropped`` and reported once on the log. Arrays that do not match, or that are not numbers, raise
         :class:`~trilobe.errors.UsageError`.
         """
         replies = np.asarray(proba, dtype="<f4")
-        if inputs.ndim < 1 or replies.ndim != 2 or len(inputs) != len(replies) or inputs.dtype.kind not in "biuf":
+        if inputs.ndim < 1 or replies.ndim != 2 or len(inputs) != len(replies) or not _kept(inputs):
             raise UsageError(
                 f"captures of inputs {inputs.shape} {inputs.dtype} and replies {replies.shape}",
-                expected="numbers (n, ...) and (n, n_classes)",
+                expected="numbers (n, ...), or bytes (n,), and (n, n_classes)",
             )
         written = 0
         for i in np.flatnonzero(self._rng.random(len(inputs)) < self.rate):
-            item = inputs[i, ...]  # an array even where items are single numbers: those would lose their byte order
+            if inputs.dtype.kind == "O":
+                item = np.frombuffer(inputs[i], np.uint8)
+            else:
+                item = inputs[i, ...]  # an array even where items are single numbers: those would lose their byte order
             record = _Record(
                 token_hex(8), time.time(), bundle_id, item.dtype.str, item.shape, item.tobytes(), replies[i].tobytes()
             )
@@ -176,6 +181,11 @@ def read_captures(
     if last is None:
         return sorted(found, key=_age)
     return heapq.nlargest(last, found, key=_age)[::-1]
+
+
+def _kept(inputs: NDArray[Any]) -> bool:
+    """Whether items are numbers, or bytes."""
+    return inputs.dtype.kind in "biuf" or (inputs.ndim == 1 and all(isinstance(item, bytes) for item in inputs))
 
 
 def _age(capture: Capture) -> tuple[float, str]:

@@ -4,7 +4,7 @@ Needs numpy and the standard library only. Any other client of the Open Inferenc
 """
 
 import http.client
-import math
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from trilobe.errors import ServeError, UsageError
-from trilobe.infrastructure.pipeline import DATATYPES
+from trilobe.errors import DataError, ServeError, UsageError
+from trilobe.infrastructure.pipeline import DATATYPES, pack, unpack
 
 
 class Client:
@@ -50,27 +50,48 @@ class Client:
         metadata: dict[str, Any] = msgspec.json.decode(self._call("GET", self._model)[1])
         return metadata
 
-    def infer(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Class probabilities ``(n, n_classes)`` of ``images`` ``(n, height, width, channels)``, unsigned bytes."""
-        if images.dtype != np.uint8 or images.ndim != 4:
-            raise UsageError(f"images {images.shape} {images.dtype}", expected="(n, height, width, channels) uint8")
-        described = {"name": "image", "shape": images.shape, "datatype": "UINT8"}
-        request = {
-            "inputs": [{**described, "parameters": {"binary_data_size": images.nbytes}}],
-            "outputs": [{"name": "proba", "parameters": {"binary_data": True}}],
-        }
+    def infer(self, items: NDArray[np.uint8] | Sequence[str]) -> NDArray[np.float32]:
+        """Probabilities ``(n, n_classes)`` of images ``(n, height, width, channels)`` (unsigned bytes), or of texts."""
+        if isinstance(items, np.ndarray):
+            if items.dtype != np.uint8 or items.ndim != 4:
+                raise UsageError(f"images {items.shape} {items.dtype}", expected="(n, height, width, channels) uint8")
+            sent: dict[str, NDArray[Any]] = {"image": items}
+        else:
+            sent = {"text": _texts(items)}
+        return self.call(sent, ["proba"])["proba"].astype(np.float32)
+
+    def entities(self, texts: Sequence[str]) -> list[list[dict[str, Any]]]:
+        """Of each text its entities: start and end (in characters), label, the words, and how sure the model is."""
+        found = self.call({"text": _texts(texts)}, ["entities"])["entities"]
+        return [msgspec.json.decode(entry) for entry in found]
+
+    def call(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
+        """Any inputs by name, and the ``outputs`` that are wanted (all of them by default)."""
+        tensors, blobs = [], []
+        for name, array in inputs.items():
+            datatype = next((d for d, dtype in DATATYPES.items() if dtype == array.dtype), "")
+            if not datatype:
+                raise UsageError(f"{name!r} is an array of {array.dtype}", expected=f"one of {list(DATATYPES)}")
+            blobs.append(pack(array, DATATYPES[datatype]))
+            tensors.append({"name": name, "shape": array.shape, "datatype": datatype,
+                            "parameters": {"binary_data_size": len(blobs[-1])}})  # fmt: skip
+        request: dict[str, Any] = {"inputs": tensors, "parameters": {"binary_data_output": True}}
+        request |= {"outputs": [{"name": n, "parameters": {"binary_data": True}} for n in outputs]} if outputs else {}
         head = msgspec.json.encode(request)
         headers = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
-        length, body = self._call("POST", f"{self._model}/infer", head + images.tobytes(), headers)
+        length, body = self._call("POST", f"{self._model}/infer", b"".join([head, *blobs]), headers)
         try:
             answer = msgspec.json.decode(memoryview(body)[:length])
-            output = answer["outputs"][0]
-            dtype, shape = DATATYPES[output["datatype"]], output["shape"]
-            proba = np.frombuffer(body, dtype, math.prod(shape), offset=length).reshape(shape)
+            received, at = {}, length
+            for output in answer["outputs"]:
+                size = int(output["parameters"]["binary_data_size"])
+                dtype = DATATYPES[output["datatype"]]
+                received[output["name"]] = unpack(memoryview(body)[at : at + size], dtype, output["shape"])
+                at += size
             self.version = answer.get("model_version", "")
-        except (msgspec.MsgspecError, KeyError, IndexError, TypeError, ValueError) as error:
+            return {n: received[n] for n in outputs or received or ['outputs']}
+        except (msgspec.MsgspecError, DataError, KeyError, IndexError, TypeError, ValueError) as error:
             raise ServeError(f"{self.url} gave an answer that is not understood ({error})") from error
-        return proba.astype(np.float32)
 
     def close(self) -> None:
         """Close the connection; the next call opens a new one."""
@@ -102,6 +123,14 @@ class Client:
         if response.status != 200:
             raise ServeError(f"{self.url} answered {response.status}: {_message(data)}")
         return int(response.headers.get("Inference-Header-Content-Length", len(data))), data
+
+
+def _texts(texts: Sequence[str]) -> NDArray[Any]:
+    if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
+        raise UsageError("texts that are not a list of strings", expected='["one text", "another"]')
+    sent = np.empty(len(texts), dtype=object)
+    sent[:] = [t.encode() for t in texts]
+    return sent
 
 
 def _message(data: bytes) -> str:

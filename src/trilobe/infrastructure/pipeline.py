@@ -4,6 +4,7 @@ A step is a name and a function from arrays by name to arrays by name. Each step
 steps before it added, so inputs are held once. Batching, queues and sockets live elsewhere (``serve.py``).
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +20,10 @@ from trilobe.errors import DataError, ServeError, UsageError
 Arrays = Mapping[str, NDArray[Any]]
 Step = tuple[str, Callable[[Arrays], Arrays]]
 
-# The fixed-size datatypes of the Open Inference Protocol v2, little-endian as its binary extension sends them.
+# The datatypes of the Open Inference Protocol v2, little-endian as its binary extension sends them. BYTES, which are of
+# any length, are object arrays of bytes here.
 DATATYPES: dict[str, np.dtype[Any]] = {
+    "BYTES": np.dtype(object),
     "BOOL": np.dtype("?"),
     **{f"UINT{8 * n}": np.dtype(f"<u{n}") for n in (1, 2, 4, 8)},
     **{f"INT{8 * n}": np.dtype(f"<i{n}") for n in (1, 2, 4, 8)},
@@ -67,8 +70,48 @@ class TensorSpec:
         if array.dtype != self.dtype:
             raise DataError(f"{self.name!r} has the dtype {array.dtype}", expected=f"{self.dtype} ({self.datatype})")
         self.check_shape(array.shape)
+        if array.dtype.kind == "O" and not all(isinstance(entry, bytes) for entry in array.flat):
+            raise DataError(f"{self.name!r} holds values that are not bytes", expected="BYTES")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise DataError(f"{self.name!r} holds values that are not finite", expected="no NaN and no infinity")
+
+
+def pack(array: NDArray[Any], dtype: np.dtype[Any]) -> bytes:
+    """An array as the binary extension sends it, row by row; each of BYTES after its length (4 bytes, little-endian).
+
+    >>> pack(np.array([b"ab"], dtype=object), DATATYPES["BYTES"])
+    b'\\x02\\x00\\x00\\x00ab'
+    """
+    if dtype.kind == "O":
+        return b"".join(part for entry in array.flat for part in (len(entry).to_bytes(4, "little"), entry))
+    return array.astype(dtype, copy=False).tobytes()
+
+
+def unpack(data: bytes | memoryview, dtype: np.dtype[Any], shape: Sequence[int]) -> NDArray[Any]:
+    """The inverse of :func:`pack`. Raises :class:`~trilobe.errors.DataError` for data that do not fill the shape.
+
+    >>> unpack(b"\\x02\\x00\\x00\\x00ab", DATATYPES["BYTES"], [1]).tolist()
+    [b'ab']
+    """
+    count = math.prod(shape)
+    if dtype.kind == "O":
+        entries: list[bytes] = []
+        at = 0
+        while at + 4 <= len(data) and len(entries) <= count:
+            size = int.from_bytes(data[at : at + 4], "little")
+            entries.append(bytes(data[at + 4 : at + 4 + size]))
+            at += 4 + size
+        if at != len(data) or len(entries) != count:
+            raise DataError(f"{len(data)} bytes that are not {count} strings", expected="each after its length")
+        out = np.empty(count, dtype=object)
+        out[:] = entries
+        return out.reshape(shape)
+    if len(data) != count * dtype.itemsize:
+        raise DataError(f"{len(data)} bytes", expected=f"{count * dtype.itemsize} for the shape {list(shape)}")
+    if dtype.kind == "b":  # any nonzero byte is true, but numpy trusts a boolean to be 0 or 1
+        return np.frombuffer(data, np.uint8).astype(np.bool_).reshape(shape)
+    # The JSON before it may have any length, so wide numbers may start anywhere: copied then, a view otherwise.
+    return np.require(np.frombuffer(data, dtype).reshape(shape), requirements="A")
 
 
 class Pipeline:

@@ -5,7 +5,7 @@ what is served and swaps it under load, and :func:`serve_forever`, the process a
 from above as ``load``. There is no framework in the path of a request: it would cost more than the model. Inference
 runs in one worker thread, so that health checks are answered meanwhile.
 
-Left out on purpose: BYTES tensors, the ``classification`` parameter (refused, not ignored) and compressed replies.
+Left out on purpose: the ``classification`` parameter (refused, not ignored) and compressed replies.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ from trilobe.errors import DataError, PortInUse, ServeError, TrilobeError
 from trilobe.infrastructure.bundle import open_bundle
 from trilobe.infrastructure.capture import CaptureLog
 from trilobe.infrastructure.endpoint import Desired, State, hold_lock, read_desired, read_state, write_state
-from trilobe.infrastructure.pipeline import Arrays, Servable, TensorSpec
+from trilobe.infrastructure.pipeline import Arrays, Servable, TensorSpec, pack, unpack
 from trilobe.types import Bundle
 
 MAX_BODY = 16 * 1024 * 1024
@@ -138,7 +138,7 @@ def parse_request(
 
 _REQUEST = msgspec.json.Decoder(_Request)
 _NESTED = re.compile(rb"\s*\[\s*\[")
-_ELEMENTS: dict[str, type] = {"b": bool, "u": int, "i": int, "f": float}
+_ELEMENTS: dict[str, type] = {"b": bool, "u": int, "i": int, "f": float, "O": str}
 
 
 @lru_cache(maxsize=64)
@@ -168,6 +168,8 @@ def _json_array(tensor: _Tensor, spec: TensorSpec) -> NDArray[Any]:
         values = _decoder(spec.dtype.kind, len(spec.shape) if nested else 1).decode(raw)
         with np.errstate(over="ignore"):  # what overflows becomes infinite, and infinite is refused
             array = np.array(values, dtype=spec.dtype)
+        if spec.dtype.kind == "O":
+            array = np.frompyfunc(str.encode, 1, 1)(array)
     except (msgspec.MsgspecError, RecursionError, OverflowError, ValueError) as error:
         raise DataError(
             f"the data of {tensor.name!r} is not usable ({error})",
@@ -184,26 +186,25 @@ def _json_array(tensor: _Tensor, spec: TensorSpec) -> NDArray[Any]:
 def _binary_array(tensor: _Tensor, spec: TensorSpec, rest: memoryview, size: Any) -> NDArray[Any]:
     if not isinstance(tensor.data, msgspec.UnsetType):
         raise DataError(f"{tensor.name!r} has data and a binary_data_size", expected="one of them")
-    expected = math.prod(tensor.shape) * spec.dtype.itemsize
-    if isinstance(size, bool) or size != expected or size > len(rest):
+    free = spec.dtype.kind == "O"
+    expected = size if free else math.prod(tensor.shape) * spec.dtype.itemsize
+    if not isinstance(size, int) or isinstance(size, bool) or size != expected or not 0 <= size <= len(rest):
         raise DataError(
             f"{tensor.name!r} has the binary_data_size {size!r} with {len(rest)} bytes left in the body",
-            expected=f"{expected} bytes for {tensor.shape} {spec.datatype}",
+            expected=f"{'as many' if free else expected} bytes for {tensor.shape} {spec.datatype}",
         )
-    return _from_bytes(rest[:expected], spec, tensor.shape)
-
-
-def _from_bytes(data: memoryview, spec: TensorSpec, shape: Sequence[int]) -> NDArray[Any]:
-    if spec.dtype.kind == "b":  # any nonzero byte is true, but numpy trusts a boolean to be 0 or 1
-        return np.frombuffer(data, np.uint8).astype(np.bool_).reshape(shape)
-    # The JSON before it may have any length, so wide numbers may start anywhere: copied then, a view otherwise.
-    return np.require(np.frombuffer(data, spec.dtype).reshape(shape), requirements="A")
+    try:
+        return unpack(rest[:size], spec.dtype, tensor.shape)
+    except DataError as error:
+        raise DataError(f"{tensor.name!r} has {error.problem}", expected=error.expected) from error
 
 
 def _raw_tensor(body: bytes, inputs: Sequence[TensorSpec]) -> NDArray[Any]:
     """The single tensor that all of ``body`` is: a batch of one, with at most one more free size to work out."""
     spec = inputs[0]
     shape = [1, *spec.shape[1:]]
+    if spec.dtype.kind == "O" and len(inputs) == 1 and shape == [1]:
+        return np.array([body], dtype=object)
     if len(inputs) != 1 or shape.count(-1) > 1:
         raise DataError(
             "a raw body without a description", expected="a model with one input and at most one free size per item"
@@ -213,7 +214,7 @@ def _raw_tensor(body: bytes, inputs: Sequence[TensorSpec]) -> NDArray[Any]:
         shape[shape.index(-1)] = max(1, len(body) // known)
     if len(body) != math.prod(shape) * spec.dtype.itemsize:
         raise DataError(f"a raw body of {len(body)} bytes", expected=f"one {spec.datatype} item of {list(spec.shape)}")
-    array = _from_bytes(memoryview(body), spec, shape)
+    array = unpack(memoryview(body), spec.dtype, shape)
     spec.check(array)
     return array
 
@@ -271,10 +272,10 @@ def encode_response(
         array = results[key]
         tensor: dict[str, Any] = {"name": key, "shape": array.shape, "datatype": specs[key].datatype}
         if binary:
-            blobs.append(array.astype(specs[key].dtype, copy=False).tobytes())
+            blobs.append(pack(array, specs[key].dtype))
             described.append({**tensor, "parameters": {"binary_data_size": len(blobs[-1])}})
         else:
-            described.append({**tensor, "data": array.ravel().tolist()})
+            described.append({**tensor, "data": _json_values(key, array)})
     answer: dict[str, Any] = {"model_name": name, "model_version": version, "outputs": described}
     if call.id is not None:
         answer["id"] = call.id
@@ -283,6 +284,14 @@ def encode_response(
         return {"content-type": "application/json"}, head
     headers = {"content-type": "application/octet-stream", HEADER_LENGTH: str(len(head))}
     return headers, b"".join([head, *blobs])
+
+
+def _json_values(name: str, array: NDArray[Any]) -> list[Any]:
+    values: list[Any] = array.ravel().tolist()
+    try:
+        return [v.decode() for v in values] if array.dtype.kind == "O" else values
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name!r} holds bytes that are no text", expected="binary_data: true for them") from error
 
 
 # --- the server -----------------------------------------------------------------------------------------------------

@@ -4,9 +4,11 @@
 room                      verbs
 ========================  ===========================================================================
 :mod:`.collecting`        ``init`` ``add``
-:mod:`.asking`            ``query`` ``label`` ``aggregate``
+:mod:`.asking`            ``query`` ``label`` (what is chosen: :mod:`.choosing`)
+:mod:`.believing`         ``aggregate``
 :mod:`.learning`          ``train`` ``evaluate``
 :mod:`.promoting`         ``check`` ``package`` ``serve``
+:mod:`.planning`          ``plan``
 :mod:`.watching`          ``monitor`` ``explain``
 :mod:`.cycle`             ``run``: all of the above until a goal or a budget
 :mod:`.telling`           ``report`` ``show`` ``export``
@@ -16,17 +18,19 @@ Every verb takes the project's folder, opens it, does one thing, keeps the resul
 again it finds what is already there, so a loop that was killed goes on where it stopped.
 """
 
-from trilobe.loop.asking import Aggregated, Labeled, aggregate, label, query
+from trilobe.loop.asking import Labeled, label, query
+from trilobe.loop.believing import Aggregated, aggregate
 from trilobe.loop.collecting import Added, add, init
 from trilobe.loop.cycle import Ran, run
 from trilobe.loop.learning import evaluate, train
+from trilobe.loop.planning import Planned, plan
 from trilobe.loop.project import Project, listening, opened
 from trilobe.loop.promoting import check, package, serve
 from trilobe.loop.telling import export, report, show
 from trilobe.loop.watching import Explained, explain, monitor
 
 __all__ = [
-    "Added", "Aggregated", "Explained", "Labeled", "Project", "Ran", "add", "aggregate", "check", "evaluate", "explain",
-    "export", "init", "label", "listening", "monitor", "opened", "package", "query", "report", "run", "serve",
-    "show", "train",
+    "Added", "Aggregated", "Explained", "Labeled", "Planned", "Project", "Ran", "add", "aggregate", "check", "evaluate",
+    "explain", "export", "init", "label", "listening", "monitor", "opened", "package", "plan", "query", "report",
+    "run", "serve", "show", "train",
 ]  # fmt: skip

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trilobe import tasks
 from trilobe.config import FILE, load, parse
 from trilobe.errors import AnswerError, NotFoundError, StorageError, UnreadableExample, UsageError
 from trilobe.files import write_atomically
 from trilobe.infrastructure.store import Store
 from trilobe.loop.project import STATE, Project, digest, opened, tell
-from trilobe.loop.tables import read_table
+from trilobe.loop.tables import read_table, written
 from trilobe.types import GOLD, Answer, Example, Question, Response, Split
 
 TEMPLATE = """\
@@ -26,7 +27,7 @@ seed = {seed}
 names = [{labels}]
 
 [query]
-strategy = "margin"   # or entropy, least_confidence, typical, random
+strategy = "{strategy}"   # or {others}, badge, k_center, typical, random
 first = 20            # questions of the first round: examples typical of the pool
 n = 20                # questions of each later round
 answers = 1           # people asked the same question
@@ -75,7 +76,7 @@ def init(
         project: the folder.
         labels: the class names; they can also be written into trilobe.toml later.
         name: the project's and its endpoint's name; the folder's name by default.
-        task: what kind of examples.
+        task: image_classification, text_classification or entity_recognition.
         seed: for everything random.
 
     Returns:
@@ -92,9 +93,14 @@ def init(
         wanted = name or folder.resolve().name
         plain = "".join(c if (c.isascii() and c.isalnum()) or c in "._-" else "-" for c in wanted).strip("-._")
         quoted = ", ".join('"' + label.replace("\\", "\\\\").replace('"', '\\"') + '"' for label in labels)
-        text = TEMPLATE.format(name=plain or "project", task=task, seed=seed, labels=quoted)
+        kind = tasks.get(task)
+        others = "token_entropy" if kind.strategy == "mnlp" else "entropy, least_confidence"
+        text = TEMPLATE.format(name=plain or "project", task=task, seed=seed, labels=quoted, strategy=kind.strategy,
+                               others=others)  # fmt: skip
         parsed = parse(text, FILE)
-        _ = parsed.space if labels else None  # one class only, or one class twice, is an error now rather than later
+        _ = (
+            kind.space(parsed) if labels else None
+        )  # one class only, or one class twice, is an error now rather than later
         write_atomically(path, text.encode())
         tell(f"wrote {path}")
     settings = load(folder)
@@ -124,9 +130,9 @@ def add(
         paths: files and folders (in Python also a single one).
         project: the project's folder.
         split: "pool" to learn from, "test" to be held out.
-        labels: the truth, where it is known: "folders" (each file's folder is its class), or a CSV file with the
-            columns example (file name, or the end of its path) and label. It is kept as answers of the annotator
-            "gold", also of examples that are there already.
+        labels: the truth, where it is known: "folders" (each file's folder is its class), "inside" (the files say it:
+            JSON lines, CSV, CoNLL), or a CSV file with the columns example (file name, or the end of its path) and
+            label. It is kept as answers of the annotator "gold", also of examples that are there already.
         source: a remark on where they come from.
 
     Returns:
@@ -150,23 +156,29 @@ def add(
         now = time.time()
         for i, path in enumerate(files):
             try:
-                data = path.read_bytes()
-                item = p.task.decode(data, p.config)
+                parts = p.task.read(path.read_bytes(), path.suffix.lower(), p.config)
             except UnreadableExample as e:
                 refused[str(path)] = str(e)
                 continue
             except OSError as e:
                 refused[str(path)] = f"cannot be read: {e.strerror}"
                 continue
-            examples.append(Example(p.store.blobs.put(data), str(path), split, source, {}, now))
-            contents[examples[-1].id] = p.task.content(item)
+            for data, said, where in parts:
+                examples.append(Example(p.store.blobs.put(data), f"{path}{where}", split, source, {}, now))
+                contents[examples[-1].id] = p.task.content(p.task.decode(data, p.config))
+                if said and labels == "inside":
+                    truth[examples[-1].name] = said
             if i % 50 == 49 or i + 1 == len(files):
                 tell("adding", i + 1, len(files))
         return _add(p, examples, contents, refused, truth)
 
 
 def _add(
-    p: Project, examples: list[Example], contents: dict[str, str], refused: dict[str, str], truth: Mapping[str, str]
+    p: Project,
+    examples: list[Example],
+    contents: dict[str, str],
+    refused: dict[str, str],
+    truth: Mapping[str, Response],
 ) -> Added:
     with p.store.transaction():
         added, again = p.store.add_examples(examples, contents)
@@ -179,7 +191,7 @@ def _add(
     if not added and not again:
         raise NotFoundError(
             f"none of {len(refused)} files could be added" if refused else "no files of a known kind were found",
-            expected="images (" + ", ".join(sorted(p.task.suffixes)) + ")",
+            expected=f"{p.task.words.noun}s ({', '.join(sorted(p.task.suffixes))})",
             hint=next(iter(refused.values()), "name a folder that holds some"),
         )
     for name, reason in refused.items():
@@ -193,22 +205,23 @@ def _add(
     return Added(tuple(e.id for e in added), {e.name: first for e, first in again}, refused, labeled)
 
 
-def record_truth(p: Project, truth: Mapping[str, str]) -> int:
-    """Keep what is known for certain, example id -> class name, as answers of the annotator ``gold``: how many new."""
+def record_truth(p: Project, truth: Mapping[str, Response]) -> int:
+    """Keep what is known for certain, by example id, as answers of the annotator ``gold``: how many are new."""
     questions = [
         Question(digest("truth", id_)[:16], id_, strategy="truth.v1", reason="known beforehand") for id_ in truth
     ]
-    answers = [
-        Answer(digest("truth", id_, label)[:16], digest("truth", id_)[:16], id_, GOLD, Response("class", (label,)))
-        for id_, label in truth.items()
-    ]
+    answers = []
+    for id_, said in truth.items():
+        p.possible(said, id_)
+        question, key = digest("truth", id_)[:16], digest("truth", id_, written(said))[:16]
+        answers.append(Answer(key, question, id_, GOLD, said))
     p.store.add_questions(questions)
     return p.store.add_answers(answers)
 
 
-def _truth(p: Project, files: Sequence[Path], labels: str) -> dict[str, str]:
-    """File -> class, as far as it is known. Every class must be one of the project's; the error names the file."""
-    if not labels:
+def _truth(p: Project, files: Sequence[Path], labels: str) -> dict[str, Response]:
+    """File -> what it is, as far as it is known. It must be one of the project's classes; the error names the file."""
+    if labels in ("", "inside"):
         return {}
     truth = {str(f): f.parent.name for f in files} if labels == "folders" else _truth_table(files, labels)
     for name, label in truth.items():
@@ -216,7 +229,7 @@ def _truth(p: Project, files: Sequence[Path], labels: str) -> dict[str, str]:
             p.space.index(label)
         except AnswerError as e:
             raise AnswerError(f"{name}: {e.problem}", expected=e.expected, hint=e.hint) from e
-    return truth
+    return {name: Response("class", (label,)) for name, label in truth.items()}
 
 
 def _truth_table(files: Sequence[Path], table: str) -> dict[str, str]:

@@ -8,18 +8,20 @@ from trilobe.errors import NotEnoughData
 from trilobe.infrastructure.store import run_lock
 from trilobe.loop.asking import Answerer, label, query
 from trilobe.loop.learning import evaluate, train
+from trilobe.loop.planning import notice
 from trilobe.loop.project import STATE, Project, opened, positive, tell
 from trilobe.loop.promoting import check, package
 from trilobe.types import GOLD, Bundle, Evidence
 
-Outcome = Literal["goal", "budget", "rounds", "exhausted", "waiting"]
+Outcome = Literal["goal", "budget", "rounds", "exhausted", "waiting", "worth"]
 
 
 @dataclass(frozen=True)
 class Ran:
     """How the loop ended: ``outcome``, the learning curve ``rounds``, the last model and, if it passed, its bundle.
 
-    ``outcome`` is "goal", "budget", "rounds", "exhausted" (nothing left to ask) or "waiting" (questions are open).
+    ``outcome`` is "goal", "budget", "rounds", "exhausted" (nothing left to ask), "worth" (100 more answers
+    would not bring ``run.worth``) or "waiting" (questions are open).
     """
 
     outcome: Outcome
@@ -48,7 +50,7 @@ def run(
         answers: a CSV file of answers (see ``trilobe label --help``); nothing asks at the terminal.
         project: the project's folder.
         goal: accuracy to reach, 0 to 1; run.goal by default.
-        budget: answers to spend at most; run.budget by default.
+        budget: answers to spend at most; run.budget by default. run.seconds limits people's time.
         rounds: rounds at most; run.rounds by default.
         strategy: overrides query.strategy.
         promote: check and package at the end.
@@ -96,8 +98,10 @@ def _turn(
             point = learn(p)
             if point["accuracy"] >= goal:
                 return "goal"
-            if len(said) >= budget:
+            if len(said) >= budget or sum(a.seconds for a in said) >= p.config.run.seconds:
                 return "budget"
+            if notice(p, p.store.model(point["model"])):
+                return "worth"
             if asked >= rounds:
                 return "rounds"
         each = min(p.config.query.answers, len(p.config.query.annotators) or 1)
@@ -115,6 +119,6 @@ def learn(p: Project) -> dict[str, Any]:
     """Train on all there is and measure it: the newest point of the learning curve."""
     evaluate(p, train(p).id)
     point: dict[str, Any] = list(p.store.journal("curve/").values())[-1]
-    about = f"accuracy {point['accuracy']:.1%} [{point['low']:.1%}, {point['high']:.1%}]"
+    about = f"{point['figure'].replace('_', ' ')} {point['accuracy']:.1%} [{point['low']:.1%}, {point['high']:.1%}]"
     tell(f"round {point['round']}: {point['answers']} answers, {about}")
     return point

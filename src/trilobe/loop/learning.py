@@ -1,8 +1,8 @@
 """``train`` and ``evaluate``: beliefs become a calibrated model, and the model meets the held-out part."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,19 @@ from numpy.typing import NDArray
 
 from trilobe.config import as_dict
 from trilobe.errors import NotEnoughData, UsageError
-from trilobe.loop.asking import aggregate, unpack_beliefs
-from trilobe.loop.project import Project, digest, opened, seed_of, tell
-from trilobe.statistics import softmax
+from trilobe.loop.believing import aggregate, unpack_beliefs
+from trilobe.loop.choosing import control_ids
+from trilobe.loop.project import Project, calibrated, digest, opened, seed_of, tell
+from trilobe.rows import as_rows, flat
 from trilobe.types import GOLD, Belief, Evidence, Example, FloatArray, Model
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from trilobe.algorithms.fit import Plan
+
+
+ENOUGH = 30  # examples picked at random from which on they are the better estimate of accuracy
 
 
 def train(project: "Project | Path | str" = ".", seed: int | None = None) -> Model:
@@ -43,21 +49,23 @@ def train(project: "Project | Path | str" = ".", seed: int | None = None) -> Mod
         told = aggregate(p)
         beliefs = unpack_beliefs(p.store.blobs.get(told.beliefs))
         _check_classes(p, beliefs)
+        beliefs += _repeated(p, beliefs) if p.config.query.propagate else []
         settings, spec = as_dict(p.config.train), p.preprocessing()
-        key = digest("train", told.beliefs, settings, seed, spec, p.space.names, p.config.project.task)
+        key = digest("train", told.beliefs, len(beliefs), settings, seed, spec, p.space.names, p.config.project.task)
         if kept := p.store.recorded(f"train/{key}"):
             tell("already trained on exactly this")
             return p.store.model(kept)
         learned = _learn(p, beliefs, spec, seed, p.state / "work" / f"{key[:16]}.safetensors")
         weights = p.store.blobs.put(learned.weights)
-        agrees = learned.out_of_fold.argmax(1) == np.stack([b.proba for b in beliefs]).argmax(1)
+        believed = flat(as_rows([b.proba for b in beliefs]))
+        agrees = flat(learned.out_of_fold).argmax(1) == believed.argmax(1)
         model = Model(
             id=digest("model", weights, key)[:12],
             task=p.config.project.task,
             space=p.space,
             weights=weights,
             preprocessing=spec,
-            network={"name": "small_convnet.v1", "width": p.config.train.width},
+            network={"name": p.task.architecture, "width": p.config.train.width},
             temperature=learned.temperature,
             origin={**p.origin(train=settings, beliefs=told.beliefs, n_examples=len(beliefs), n_answers=told.n_answers,
                                annotators=list(told.annotators), aggregate=told.method), "seed": seed},
@@ -81,43 +89,62 @@ class _Learned:
 def _learn(p: Project, beliefs: list[Belief], spec: Mapping[str, Any], seed: int, checkpoint: Path) -> _Learned:
     """Networks for the out-of-fold predictions, then the one on everything."""
     from trilobe.algorithms.calibrate import fit_temperature
-    from trilobe.algorithms.fit import Plan, cross_fit, fit
+    from trilobe.algorithms.fit import cross_fit, fit
     from trilobe.algorithms.weights import to_safetensors
 
-    X = p.encode(_examples_of(p, beliefs))
-    likelihood, proba = np.stack([b.likelihood for b in beliefs]), np.stack([b.proba for b in beliefs])
-    train = p.config.train
-    numbers = {k: v for k, v in as_dict(train).items() if k not in ("width", "folds", "augment")}
-    plan, vary = Plan(**numbers, seed=seed_of(seed, "train")), p.task.augment(p.config)
-    done = [0]
+    X = p.encode(examples_of(p, beliefs))
+    likelihood, proba = as_rows([b.likelihood for b in beliefs]), as_rows([b.proba for b in beliefs])
+    folds, vary, done = p.config.train.folds, p.task.augment(p.config), [0]
 
     def fresh() -> "nn.Module":
-        return p.task.network(spec, p.space, train.width, seed_of(seed, "network"))
+        return p.task.network(spec, p.space, p.config.train.width, seed_of(seed, "network"))
 
     def progress(step: int, total: int, loss: float) -> None:
-        tell("training", done[0] * total + step, (train.folds + 1) * total)
+        tell("training", done[0] * total + step, (folds + 1) * total)
         done[0] += step == total
 
-    out_of_fold = cross_fit(fresh, X, likelihood, plan, train.folds, vary, progress)
+    out_of_fold = cross_fit(fresh, X, likelihood, plan_of(p, seed), folds, vary, progress)
     module = fresh()
-    fit(module, X, likelihood, plan, vary, checkpoint, progress)
-    return _Learned(to_safetensors(module.state_dict()), fit_temperature(out_of_fold, proba), out_of_fold)
+    fit(module, X, likelihood, plan_of(p, seed), vary, checkpoint, progress)
+    return _Learned(to_safetensors(module.state_dict()), fit_temperature(flat(out_of_fold), flat(proba)), out_of_fold)
 
 
-def _examples_of(p: Project, beliefs: list[Belief]) -> list[Example]:
+def plan_of(p: Project, seed: int) -> "Plan":
+    """How this project trains, with the random numbers of ``seed``."""
+    from trilobe.algorithms.fit import Plan
+
+    numbers = {k: v for k, v in as_dict(p.config.train).items() if k not in ("width", "folds", "augment")}
+    return Plan(**numbers, seed=seed_of(seed, "train"))
+
+
+def _repeated(p: Project, beliefs: Sequence[Belief]) -> list[Belief]:
+    """What is believed of unanswered examples that repeat an answered one (``query.propagate``)."""
+    from trilobe.data.duplicates import near_duplicates
+
+    answered = examples_of(p, beliefs)
+    rest = [e for e in p.store.examples("pool") if e.id not in {a.id for a in answered}]
+    if not rest or p.space.scheme:
+        return []
+    features = [np.reshape(p.task.features(None, p.encode(part)), (len(part), -1)) for part in (rest, answered)]
+    repeats = near_duplicates(features[0], p.config.query.duplicates, known=features[1])
+    return [replace(beliefs[~r], example_id=rest[i].id, n_answers=0) for i, r in enumerate(repeats) if r < 0]
+
+
+def examples_of(p: Project, beliefs: Sequence[Belief]) -> list[Example]:
+    """The examples that beliefs are about, in their order."""
     found = {e.id: e for e in p.store.examples(ids=[b.example_id for b in beliefs])}
     return [found[b.example_id] for b in beliefs]
 
 
 def _rows(learned: _Learned, beliefs: list[Belief]) -> dict[str, list[float]]:
-    rows = softmax(learned.out_of_fold, learned.temperature).round(6)
-    return {b.example_id: row.tolist() for b, row in zip(beliefs, rows, strict=True)}
+    rows = calibrated(learned.out_of_fold, learned.temperature)
+    return {b.example_id: row.round(6).tolist() for b, row in zip(beliefs, rows, strict=True)}
 
 
 def _check_classes(p: Project, beliefs: list[Belief]) -> None:
     if len(beliefs) < 2:
         raise NotEnoughData(f"{len(beliefs)} answered example", expected="at least 2", hint="trilobe query")
-    likely = {int(b.proba.argmax(axis=-1)) for b in beliefs if b.proba.ndim == 1}
+    likely = {*flat(as_rows([b.proba for b in beliefs])).argmax(axis=-1).tolist()}
     if len(likely) == 1:
         only = p.space.names[next(iter(likely))]
         raise NotEnoughData(
@@ -130,8 +157,9 @@ def _check_classes(p: Project, beliefs: list[Belief]) -> None:
 def evaluate(project: "Project | Path | str" = ".", model: str = "") -> list[Evidence]:
     """Measure a model on the held-out test part, with 95% intervals.
 
-    Without a test part the figures are estimated on out-of-fold predictions against beliefs, and say so: examples that
-    a strategy chose are harder than typical ones, so the estimate is cautious.
+    Without a test part the figures are estimated on out-of-fold predictions against beliefs, and say so: of the
+    examples left to chance (query.control) once there are 30 of them, of all before. Those that a strategy chose are
+    harder than typical ones, so that first estimate is cautious.
 
     Args:
         project: the project's folder.
@@ -160,14 +188,18 @@ def _keep_point(p: Project, model: Model, accuracy: Evidence) -> None:
     answers = sum(a["n"] for a in model.origin["annotators"] if a["name"] != GOLD)
     point = {
         "round": max((q.round for q in p.store.questions()), default=0),
-        "answers": answers, "accuracy": accuracy.figure,
+        "answers": answers, "accuracy": accuracy.figure, "figure": accuracy.check,
         "low": accuracy.low, "high": accuracy.high, "n": accuracy.n, "model": model.id, "on": accuracy.detail["on"],
     }  # fmt: skip
     p.store.record(f"curve/{answers:07d}", point)
 
 
-def held_out(p: Project, model: Model) -> tuple[FloatArray, NDArray[np.intp], str]:
-    """Predictions the model did not train for, the labels to hold them against, and what they are."""
+def held_out(p: Project, model: Model, fair: bool = True) -> tuple[FloatArray, NDArray[Any], str]:
+    """Predictions the model did not train for, the labels to hold them against, and what they are.
+
+    They are those of the test part; where there is none, out-of-fold predictions against beliefs, if ``fair`` only of
+    the examples that were picked at random, as soon as those are :data:`ENOUGH`.
+    """
     if model.space.names != p.space.names:
         raise UsageError(
             f"model {model.id} knows the classes {list(model.space.names)}",
@@ -179,5 +211,7 @@ def held_out(p: Project, model: Model) -> tuple[FloatArray, NDArray[np.intp], st
         return p.predict(model, p.encode(examples)), labels, "held-out test part"
     kept = p.store.recorded(f"out_of_fold/{model.id}")
     beliefs = {b.example_id: b for b in unpack_beliefs(p.store.blobs.get(model.origin["beliefs"]))}
-    truth = np.array([int(beliefs[id_].proba.argmax()) for id_ in kept], dtype=np.intp)
-    return np.array(list(kept.values())), truth, "out-of-fold predictions against beliefs (no test part)"
+    chance = [id_ for id_ in control_ids(p) if id_ in kept] if fair else []
+    used, of = (chance, f"{len(chance)} picked at random") if len(chance) >= ENOUGH else (list(kept), "no test part")
+    truth = as_rows([beliefs[id_].proba.argmax(axis=-1) for id_ in used])
+    return as_rows([np.array(kept[id_]) for id_ in used]), truth, f"out-of-fold predictions against beliefs ({of})"

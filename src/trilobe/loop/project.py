@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from trilobe import __version__, config, tasks
 from trilobe.errors import NotEnoughData, NotFoundError, UsageError
 from trilobe.infrastructure.store import Store
-from trilobe.types import GOLD, Capture, Example, Finding, FloatArray, LabelSpace, Model
+from trilobe.rows import apply, as_rows
+from trilobe.types import GOLD, BoolArray, Capture, Example, Finding, FloatArray, LabelSpace, Model, Response
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,8 +116,15 @@ class Project:
 
     @property
     def space(self) -> LabelSpace:
-        """The label space."""
-        return self.config.space
+        """The label space: the columns of every prediction."""
+        return self.task.space(self.config)
+
+    @property
+    def strategy(self) -> str:
+        """What chooses questions here: by the settings, until random ones proved better (``query.switch``)."""
+        if self.store.recorded("switched"):
+            return "random"
+        return self.config.query.strategy or self.task.strategy
 
     @property
     def task(self) -> tasks.Task:
@@ -134,11 +142,19 @@ class Project:
 
     def items(self, examples: Sequence[Example]) -> list[tasks.Item]:
         """The examples, decoded."""
-        return [self.task.decode(self.store.blobs.get(e.id), self.config) for e in examples]
+        return [self.item(e.id) for e in examples]
+
+    def item(self, example_id: str) -> tasks.Item:
+        """One example, decoded."""
+        return self.task.decode(self.store.blobs.get(example_id), self.config)
+
+    def possible(self, response: Response, example_id: str) -> BoolArray:
+        """What an answer about an example leaves possible; an AnswerError where it does not fit."""
+        return self.task.possible(response, self.space, lambda: self.item(example_id))
 
     def preprocessing(self) -> dict[str, Any]:
         """How this project's items become input; chosen from the pool when first needed, then kept."""
-        key = f"preprocessing/{self.config.image.size}"
+        key = f"preprocessing/{digest(config.as_dict(self.config.image), config.as_dict(self.config.text))[:16]}"
         if (kept := self.store.recorded(key)) is None:
             pool = self.store.examples("pool")
             if not pool:
@@ -157,13 +173,11 @@ class Project:
             known.update(zip([e.id for e in part], self.task.encode(self.items(part), spec), strict=True))
             if len(missing) > 2000:
                 tell("reading examples", start + len(part), len(missing))
-        if not examples:
-            return np.empty((0,), dtype=np.float32)
-        return np.stack([known[e.id] for e in examples])
+        return as_rows([known[e.id] for e in examples])
 
     def capture_input(self, captures: Sequence[Capture]) -> FloatArray:
         """What the endpoint saw, as network input."""
-        return self.task.encode([c.input for c in captures], self.preprocessing())
+        return self.task.encode([self.task.captured(c.input) for c in captures], self.preprocessing())
 
     def module(self, model: Model) -> "nn.Module":
         """The network of a model with its weights, ready to predict. Raises TrainingError for NaN among them."""
@@ -176,11 +190,10 @@ class Project:
         return module
 
     def predict(self, model: Model, X: FloatArray, module: "nn.Module | None" = None) -> FloatArray:
-        """Calibrated probabilities ``(n, n_classes)``."""
+        """Calibrated probabilities ``(n, n_classes)``, or rows ``(n_tokens, n_classes)``."""
         from trilobe.algorithms.fit import predict_logits
-        from trilobe.statistics import softmax
 
-        return softmax(predict_logits(module or self.module(model), X), model.temperature)
+        return calibrated(predict_logits(module or self.module(model), X), model.temperature)
 
     def newest_model(self) -> Model | None:
         """The model trained last, if any."""
@@ -195,19 +208,27 @@ class Project:
             raise NotEnoughData("there are no findings", hint="trilobe monitor")
         return max(found, key=lambda f: (f.created_at, len(f.capture_ids)))
 
-    def truth(self, split: str = "test") -> tuple[list[Example], NDArray[np.intp]]:
-        """The examples of a split whose class is known for certain (gold answers), and their class indices."""
-        gold = {
-            a.example_id: self.space.index(a.response.labels[0])
-            for a in self.store.answers()
-            if a.annotator == GOLD and a.response.kind == "class"
-        }
-        known = [e for e in self.store.examples("test" if split == "test" else "pool") if e.id in gold]
-        return known, np.array([gold[e.id] for e in known], dtype=np.intp)
+    def truth(self, split: str = "test") -> tuple[list[Example], NDArray[Any]]:
+        """The examples of a split that are known for certain (gold answers), and their classes: indices, or rows."""
+        gold = {a.example_id: a.response for a in self.store.answers() if a.annotator == GOLD}
+        known, labels = [], []
+        for e in self.store.examples("test" if split == "test" else "pool"):
+            possible = self.possible(gold[e.id], e.id) if e.id in gold else None
+            if possible is not None and (possible.sum(axis=-1) == 1).all():
+                known.append(e)
+                labels.append(possible.argmax(axis=-1))
+        return known, as_rows(labels) if labels else np.empty(0, dtype=np.intp)
 
     def origin(self, **more: Any) -> dict[str, Any]:
         """What a record says about where it came from."""
         return {"code": f"trilobe {__version__}", "seed": self.seed, **more}
+
+
+def calibrated(logits: FloatArray, temperature: float) -> FloatArray:
+    """Probabilities from logits, of wholes or of rows."""
+    from trilobe.statistics import softmax
+
+    return apply(lambda row: softmax(row, temperature), logits)
 
 
 @contextlib.contextmanager

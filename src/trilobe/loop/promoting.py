@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from trilobe.errors import NotFoundError, ServeError, UsageError
 from trilobe.infrastructure import endpoint as endpoints
 from trilobe.infrastructure.bundle import bundle_id, open_bundle, write_bundle
-from trilobe.loop.asking import unpack_beliefs
+from trilobe.loop.believing import unpack_beliefs
 from trilobe.loop.learning import evaluate, held_out
-from trilobe.loop.project import Project, annotators, opened, tell
+from trilobe.loop.project import Project, annotators, calibrated, opened, tell
+from trilobe.rows import as_rows, flat, is_ragged
 from trilobe.types import Bundle, Endpoint, Evidence, FloatArray, Model
 
 
@@ -30,8 +30,8 @@ def check(
     Args:
         project: the project's folder.
         model: its id or first letters; the newest by default.
-        gates: tried out in place of those of trilobe.toml, for this call only; names are accuracy, ece, parity,
-            robust_accuracy@EPS.
+        gates: tried out in place of those of trilobe.toml, for this call only; names are accuracy (or f1,
+            precision, recall), ece, brier, log_loss, parity, robust_accuracy@EPS.
 
     Returns:
         All evidence, gated: ``passed`` is None where there is no gate.
@@ -50,20 +50,20 @@ def check(
         found += p.task.attack(module, X, labels, p.config)
         tell("comparing the exported graph with the trained network")
         sample = X[:500]
-        found.append(parity(p.predict(chosen, sample, module), _exported(p, chosen, sample)))
+        found.append(parity(flat(p.predict(chosen, sample, module)), flat(_exported(p, chosen, sample))))
         kept = gate(found, p.config.check.gates)
         p.store.add_evidence(chosen.id, kept)
         return kept if gates is None else gate(found, gates)
 
 
-def _attackable(p: Project, model: Model) -> tuple[FloatArray, NDArray[np.intp]]:
+def _attackable(p: Project, model: Model) -> tuple[FloatArray, NDArray[Any]]:
     """Inputs with labels: the test part, or failing that what is believed of the pool."""
     examples, labels = p.truth("test")
     if examples:
         return p.encode(examples), labels
     beliefs = unpack_beliefs(p.store.blobs.get(model.origin["beliefs"]))
     by_id = {e.id: e for e in p.store.examples(ids=[b.example_id for b in beliefs])}
-    return p.encode([by_id[b.example_id] for b in beliefs]), np.array([int(b.proba.argmax()) for b in beliefs])
+    return p.encode([by_id[b.example_id] for b in beliefs]), as_rows([b.proba.argmax(axis=-1) for b in beliefs])
 
 
 def onnx_graph(p: Project, model: Model) -> bytes:
@@ -72,17 +72,21 @@ def onnx_graph(p: Project, model: Model) -> bytes:
 
     if not (blob := p.store.recorded(f"onnx/{model.id}")):
         examples = p.store.examples("pool")[:1]
-        blob = p.store.blobs.put(to_onnx(p.module(model), p.encode(examples)))
+        blob = p.store.blobs.put(to_onnx(p.module(model), p.encode(examples), free=p.task.free_axes))
         p.store.record(f"onnx/{model.id}", blob)
     return p.store.blobs.get(blob)
 
 
 def _exported(p: Project, model: Model, X: FloatArray) -> FloatArray:
+    """What the endpoint will say, one example after the other where they are of unequal length."""
+    from safetensors.numpy import load
+
     from trilobe.infrastructure.pipeline import onnx_step
-    from trilobe.statistics import softmax
 
     _, run = onnx_step(onnx_graph(p, model))
-    return softmax(run({"x": X})["logits"], model.temperature)
+    weights = load(p.store.blobs.get(model.weights))
+    outputs = run({"x": X})["logits"] if not is_ragged(X) else [run({"x": x[None]})["logits"][0] for x in X]
+    return calibrated(as_rows([p.task.finish(output, weights) for output in outputs]), model.temperature)
 
 
 def package(project: "Project | Path | str" = ".", model: str = "", allow_failed: bool = False) -> Bundle:
@@ -116,7 +120,7 @@ def package(project: "Project | Path | str" = ".", model: str = "", allow_failed
         p.store.add_evidence(chosen.id, evidence)
         if not allow_failed:
             require(evidence)
-        proba, _, on = held_out(p, chosen)
+        proba, _, on = held_out(p, chosen, fair=False)
         facts = {
             "project": p.config.project.name, "n_examples": chosen.origin["n_examples"],
             "n_answers": chosen.origin["n_answers"],
@@ -127,9 +131,11 @@ def package(project: "Project | Path | str" = ".", model: str = "", allow_failed
             "weights.safetensors": p.store.blobs.get(chosen.weights),
             "model.onnx": onnx_graph(p, chosen),
             "preprocessing.json": _json(chosen.preprocessing),
-            "labels.json": _json({"names": chosen.space.names, "parents": chosen.space.parents}),
+            "labels.json": _json(
+                {"names": chosen.space.names, "parents": chosen.space.parents, "scheme": chosen.space.scheme}
+            ),
             "calibration.json": _json({"method": "temperature.v1", "temperature": chosen.temperature}),
-            "baseline.json": _json({**Baseline.from_proba(proba).to_json(), "on": on}),
+            "baseline.json": _json({**Baseline.from_proba(p.task.watched(proba, p.space)).to_json(), "on": on}),
             "evidence.json": _json(evidence),
             "README.md": model_card(chosen, evidence, facts).encode(),
         }

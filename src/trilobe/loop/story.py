@@ -18,9 +18,10 @@ from trilobe.errors import NotFoundError
 from trilobe.infrastructure import endpoint as endpoints
 from trilobe.infrastructure.bundle import read_json
 from trilobe.infrastructure.capture import read_captures
-from trilobe.loop.asking import unpack_beliefs
+from trilobe.loop.believing import unpack_beliefs
 from trilobe.loop.learning import held_out
 from trilobe.loop.project import Project, annotators
+from trilobe.rows import flat
 from trilobe.statistics import wilson
 from trilobe.trust.metrics import confusion_matrix, reliability
 from trilobe.types import GOLD, Evidence, Example, Model
@@ -49,7 +50,7 @@ def story(p: Project) -> page.ReportData:
         questions=_questions(p, told),
         answers=_answers(p, told),
         training=_training(p, model) if model else None,
-        checks=_checks(p.store.evidence(model.id)) if model else None,
+        checks=_checks(p, p.store.evidence(model.id)) if model else None,
         serving=_serving(p, told),
         monitoring=_monitoring(p, told),
         why=_why(p),
@@ -91,7 +92,7 @@ def _questions(p: Project, told: Mapping[str, Any]) -> page.Questions | None:
     last = [q for q in normal if q.round == max((q.round for q in normal), default=0)][:7]
     examples = {e.id: e for e in p.store.examples(ids=[q.example_id for q in last])}
     captions = [f"{q.reason} ({q.score:.2f})" for q in last]
-    strategy = p.config.query.strategy
+    figure = next((c["figure"] for c in p.store.journal("curve/").values() if "figure" in c), "accuracy")
     return page.Questions(
         asked=len(asked),
         rounds=len({q.round for q in asked}),
@@ -99,9 +100,10 @@ def _questions(p: Project, told: Mapping[str, Any]) -> page.Questions | None:
         baseline=_series("picked at random", told.get("curve_random", []), "quiet"),
         target=p.config.run.goal,
         last_round=tuple(_pictures(p, [examples[q.example_id] for q in last], captions)),
-        how=f"The first round asks about examples typical of the pool; then the strategy {strategy!r} asks where the "
-        "model is torn between classes, spread over unlike examples. The number under a picture is that score (1 = "
-        "torn in two). Accuracy is counted on the held-out part; bands are 95% intervals (Wilson).",
+        how=f"The first round asks about examples typical of the pool; then the strategy {p.strategy!r} asks where "
+        f"{p.task.words.torn}, spread over unlike examples, and a share is left to chance, so that what the strategy "
+        f"saves can be measured. The number under a {p.task.words.noun} is its score (higher: asked sooner). The curve "
+        f"shows {figure.replace('_', ' ')}; bands are 95% intervals.",
     )
 
 
@@ -133,25 +135,31 @@ def _answers(p: Project, told: Mapping[str, Any]) -> page.Answers | None:
 
 def _training(p: Project, model: Model) -> page.Training:
     proba, labels, on = held_out(p, model)
-    found = {e.check: e for e in p.task.measure(proba, labels, p.space)}
-    matrix = confusion_matrix(labels, proba.argmax(1), len(p.space))
-    bins = [Bin(b.confidence, b.accuracy, b.count) for b in reliability(proba, labels)]
+    figures = p.task.measure(proba, labels, p.space)
+    tokens, truth = flat(proba), np.concatenate([np.atleast_1d(row) for row in labels])
+    matrix = confusion_matrix(truth, tokens.argmax(1), len(p.space))
+    bins = [Bin(b.confidence, b.accuracy, b.count) for b in reliability(tokens, truth)]
     return page.Training(
-        estimate("accuracy", found["accuracy"]),
+        estimate(figures[0].check, figures[0]),
         trained_on=int(model.origin["n_examples"]),
-        ece=found["ece"].figure,
+        ece=next(e.figure for e in figures if e.check == "ece"),
         bins=tuple(bins),
         classes=p.space.names,
         confusion=tuple(tuple(int(c) for c in row) for row in matrix),
+        right=NAMES.get(figures[0].check, "right"),
         how=f"Measured on: {on}. The network trains on what is believed of each answered example, certain or not; its "
         f"confidence is scaled by one temperature ({model.temperature:.2f}), fitted on predictions of networks that "
         "had not seen the example. Expected calibration error in 15 bins.",
     )
 
 
-NAMES = {"ece": "calibration error", "brier": "Brier score", "log_loss": "log loss"}
+NAMES = {"ece": "calibration error", "brier": "Brier score", "log_loss": "log loss", "f1": "entity F1"}
 MEANINGS = {
     "accuracy": "share of held-out examples it gets right",
+    "f1": "harmonic mean of precision and recall, exact spans only",
+    "precision": "share of the entities it finds that are right, exactly",
+    "recall": "share of the true entities that it finds, exactly",
+    "token_accuracy": "share of held-out tokens it tags rightly",
     "ece": "how far its stated confidence is from its accuracy",
     "brier": "mean squared distance of its probabilities from the truth, 0 to 2",
     "log_loss": "mean surprise at the truth, in nats",
@@ -159,25 +167,24 @@ MEANINGS = {
 }
 
 
-def _checks(evidence: Sequence[Evidence]) -> page.Checks | None:
+def _checks(p: Project, evidence: Sequence[Evidence]) -> page.Checks | None:
     if not evidence:
         return None
     attacks = [e for e in evidence if e.check.startswith("robust_accuracy@")]
     gates = [
         page.Gate(
             NAMES.get(e.check, e.check.replace("robust_accuracy@", "accuracy under attack, strength ")),
-            e, MEANINGS.get(e.check, "share still right when every pixel may be changed that much, at worst"),
+            e, MEANINGS.get(e.check, "what is left of it under attack, at worst"),
             "number" if e.check in ("parity", "brier", "log_loss") else "percent",
         )
         for e in evidence
     ]  # fmt: skip
-    clean = next((e for e in evidence if e.check == "accuracy"), None)
+    clean = next((e for e in evidence if e.check in ("accuracy", "f1")), None)
     bars = [estimate("no attack", clean)] if clean and attacks else []
-    bars += [estimate(f"pixels ±{float(e.check.split('@')[1]):.0%}", e) for e in attacks]
+    bars += [estimate(p.task.words.strength.format(float(e.check.split("@")[1])), e) for e in attacks]
     return page.Checks(
         tuple(gates), tuple(bars),
-        how="The attack is projected gradient descent (Madry et al. 2018): it knows the network and changes each pixel "
-            "by at most the stated share of the range from black to white. Gates are set before the check.",
+        how=f"{p.task.words.attack} Gates are set before the check.",
     )  # fmt: skip
 
 
@@ -212,13 +219,13 @@ def _monitoring(p: Project, told: Mapping[str, Any]) -> page.Monitoring | None:
     flagged: tuple[str, ...] = ()
     shares = [f for f in findings if f.kind in ("class_share", "class_drift")]
     if shares:
-        f = shares[0]
+        f, names = shares[0], p.task.watched_space(p.space).names
         bundle = next((b for b in p.store.bundles() if b.id == f.bundle_id), p.store.bundles()[-1])
         counts = np.array(read_json(bundle, "baseline.json")["class_counts"], dtype=float)
         baseline = tuple((counts / counts.sum()).tolist())
         seen = _window_counts(p, f.n, f.created_at, f.bundle_id, captures)
-        window = tuple(Estimate.of_counts(c, int(k), int(seen.sum())) for c, k in zip(p.space.names, seen, strict=True))
-        flagged = tuple(c for c, w, b in zip(p.space.names, window, baseline, strict=True) if w.low > b)
+        window = tuple(Estimate.of_counts(c, int(k), int(seen.sum())) for c, k in zip(names, seen, strict=True))
+        flagged = tuple(c for c, w, b in zip(names, window, baseline, strict=True) if w.low > b)
     alarms = clean.get("false_alarms")
     return page.Monitoring(
         len(captures), tuple(findings), window, baseline, flagged, clean.get("captures"), clean.get("findings", 0),
@@ -232,7 +239,7 @@ def _monitoring(p: Project, told: Mapping[str, Any]) -> page.Monitoring | None:
 def _window_counts(p: Project, n: int, until: float, bundle_id: str, captures: Sequence[Any]) -> Any:
     """Predictions of each class in the window of ``n`` captures that ended at ``until``."""
     window = [c for c in captures if c.bundle_id == bundle_id and c.at <= until][-n:]
-    return np.bincount([c.prediction for c in window], minlength=len(p.space))
+    return np.bincount([c.prediction for c in window], minlength=len(p.task.watched_space(p.space)))
 
 
 def _why(p: Project) -> page.Why | None:
@@ -249,9 +256,8 @@ def _why(p: Project) -> page.Why | None:
 
     worst = max(float(e["residual"]) for e in kept)
     return page.Why(
-        maps(True), maps(False)[:6], "FullGrad",
-        how="FullGrad (Srinivas and Fleuret 2019) divides the model's score among the pixels and the network's biases, "
-            f"completely: what the maps leave out is at most {worst:.1e} of the score.",
+        maps(True), maps(False)[:6], "FullGrad" if p.task.words.noun == "picture" else "leaving words out",
+        how=f"{p.task.words.why}: what the maps leave out is at most {worst:.1e} of the score.",
     )  # fmt: skip
 
 

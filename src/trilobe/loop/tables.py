@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from trilobe.errors import AnswerError, NotFoundError, UsageError
 from trilobe.loop.project import Project, digest, tell
-from trilobe.types import Answer, Example, Question, Response
+from trilobe.types import Answer, Example, Question, Response, Span
 
 
 def read_table(path: Path | str, needed: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
@@ -124,27 +125,32 @@ def _overlaps(rows: Sequence[_Told], history: dict[tuple[str, str], list[Answer]
 def _usable(p: Project, path: Path | str) -> tuple[list[_Told], list[Question], dict[str, str]]:
     """The rows that can be used, questions made for examples that nobody had asked about, reasons for the others."""
     find = finder(p.store.examples())
-    questions = {q.example_id: q for q in p.store.questions()}
+    questions = {(q.example_id, choices): q for q in p.store.questions() for choices in (None, q.choices)}
     rows: list[_Told] = []
     fresh: list[Question] = []
     refused: dict[str, str] = {}
     for line, cells in read_table(path, ["example", "annotator", "label"]):
         try:
             example = find(cells["example"].strip())
-            response = parse_label(cells["label"].strip())
+            asked = tuple(c.strip() for c in cells["asked"].split("|")) if cells.get("asked", "").strip() else None
+            question = questions.get((example, asked)) or _volunteered(example)
+            response = parse_label(cells["label"].strip(), asked or question.choices)
             if not (who := cells["annotator"].strip()):
                 raise AnswerError("no annotator", expected="a name in the column annotator")
             seconds, at = _number(cells, "seconds") or 0.0, _number(cells, "answered_at")
-            p.task.possible(Answer("", "", example, who, response), p.space)
+            p.possible(response, example)
         except AnswerError as e:
             refused[f"{path}:{line}"] = str(e)
             continue
-        if example not in questions:
-            id_ = digest("volunteered", example)[:16]
-            questions[example] = Question(id_, example, strategy="volunteered.v1", reason="answered unasked")
-            fresh.append(questions[example])
-        rows.append(_Told(questions[example], who, response, seconds, at))
+        if questions.setdefault((example, None), question) is question and question.strategy == "volunteered.v1":
+            fresh.append(question)
+        rows.append(_Told(question, who, response, seconds, at))
     return rows, fresh, refused
+
+
+def _volunteered(example: str) -> Question:
+    """The question that somebody answered unasked."""
+    return Question(digest("volunteered", example)[:16], example, strategy="volunteered.v1", reason="answered unasked")
 
 
 def _number(cells: dict[str, str], name: str) -> float | None:
@@ -180,17 +186,55 @@ def finder(examples: Sequence[Example]) -> Callable[[str], str]:
     return find
 
 
-def parse_label(text: str) -> Response:
-    """What a person wrote, as a response: ``cat``, ``cat|dog``, ``not:cat``, ``?``.
+def parse_label(text: str, choices: Sequence[str] = ()) -> Response:
+    """What a person wrote, as a response: ``cat``, ``cat|dog``, ``not:cat``, ``?``; spans as JSON; yes or no.
+
+    Args:
+        text: what was written.
+        choices: what was asked about, where "yes" and "no" are answers.
 
     >>> parse_label("not:cat|dog")
     Response(kind='not', labels=('cat', 'dog'), spans=())
+    >>> parse_label("yes", ["animal"]).kind
+    'one_of'
+    >>> parse_label('[[3, 11, "CITY"]]').spans
+    (Span(start=3, end=11, label='CITY'),)
     """
     if text == "?":
         return Response("unsure")
     if not text:
-        raise AnswerError("an empty label", expected="a class, 'a|b', 'not:a' or '?'")
+        raise AnswerError("an empty label", expected="a class, 'a|b', 'not:a', spans or '?'")
+    if choices and text.lower() in ("y", "yes", "n", "no"):
+        return Response("one_of" if text.lower().startswith("y") else "not", tuple(choices))
+    if text.startswith("["):
+        return Response("spans", spans=_spans(text))
     names = tuple(name.strip() for name in text.removeprefix("not:").split("|"))
     if text.startswith("not:"):
         return Response("not", names)
     return Response("class", names) if len(names) == 1 else Response("one_of", names)
+
+
+def _spans(text: str) -> tuple[Span, ...]:
+    try:
+        return tuple(Span(*_checked_span(*entry)) for entry in json.loads(text))
+    except (ValueError, TypeError) as e:
+        raise AnswerError(
+            f"the spans {text[:60]!r}", expected='JSON: [[start, end, "LABEL"], ...] in characters, [] for none'
+        ) from e
+
+
+def _checked_span(start: object, end: object, label: object) -> tuple[int, int, str]:
+    if type(start) is not int or type(end) is not int or type(label) is not str:
+        raise TypeError
+    return start, end, label
+
+
+def written(response: Response) -> str:
+    """A response as people write it: the inverse of :func:`parse_label`.
+
+    >>> written(Response("not", ("cat", "dog")))
+    'not:cat|dog'
+    """
+    if "span" in response.kind:
+        return json.dumps([[s.start, s.end, s.label] for s in response.spans], ensure_ascii=False)
+    return {"not": "not:", "unsure": "?"}.get(response.kind, "") + "|".join(response.labels)

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import io
 import sys
 import time
@@ -13,8 +14,9 @@ from trilobe.config import as_dict
 from trilobe.errors import NotEnoughData, NotFoundError, UsageError
 from trilobe.files import write_atomically
 from trilobe.infrastructure import endpoint as endpoints
-from trilobe.loop.asking import unpack_beliefs
+from trilobe.loop.believing import unpack_beliefs
 from trilobe.loop.project import Project, annotators, opened, tell
+from trilobe.loop.tables import written
 from trilobe.types import GOLD
 
 Kept = Literal["labels", "answers", "questions", "model"]
@@ -108,7 +110,7 @@ def _one(p: Project, what: str) -> dict[str, Any]:
     return {
         "example": _fields(example),
         "questions": [_fields(q) for q in p.store.questions() if q.example_id == example.id],
-        "answers": [{**_chosen(a, "annotator", "seconds"), **_chosen(a.response, "kind", "labels")} for a in answers],
+        "answers": [{**_chosen(a, "annotator", "seconds"), "label": written(a.response)} for a in answers],
         "belief": _belief(p, example.id),
     }
 
@@ -181,16 +183,15 @@ def _labels(p: Project) -> Iterator[dict[str, Any]]:
     if not kept:
         raise NotEnoughData("there are no labels to export", hint=_next(p, _overview(p)))
     for b in unpack_beliefs(p.store.blobs.get(kept["beliefs"])):
-        best = int(b.proba.argmax(axis=-1))
-        yield {"example": b.example_id, "name": names.get(b.example_id, ""), "label": p.space.names[best],
-               "probability": round(float(b.proba[best]), 6), "answers": b.n_answers}  # fmt: skip
+        said, probability = p.task.response(b.proba, p.space, functools.partial(p.item, b.example_id))
+        yield {"example": b.example_id, "name": names.get(b.example_id, ""), "label": written(said),
+               "probability": round(probability, 6), "answers": b.n_answers}  # fmt: skip
 
 
 def _answers(p: Project) -> Iterator[dict[str, Any]]:
-    signs = {"class": "", "one_of": "", "not": "not:", "unsure": "?"}
     for a in p.store.answers():
         yield {"example": a.example_id, "annotator": a.annotator, "seconds": a.seconds, "answered_at": a.answered_at,
-               "label": signs.get(a.response.kind, a.response.kind) + "|".join(a.response.labels)}  # fmt: skip
+               "label": written(a.response)}  # fmt: skip
 
 
 def _questions(p: Project) -> Iterator[dict[str, Any]]:

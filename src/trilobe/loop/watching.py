@@ -17,7 +17,7 @@ from trilobe.types import Bundle, Capture, Finding
 
 @dataclass(frozen=True)
 class Explained:
-    """Why one capture was judged as it was: the picture and the heat map over it, as PNG files."""
+    """Why one capture was judged as it was: a picture of it, and one that shows what the model looked at."""
 
     capture_id: str
     flagged: bool
@@ -55,7 +55,7 @@ def monitor(
         bundle, settings = serving(p, name), p.config.monitor
         captures = read_captures(p.captures, name, since, bundle.id, last or settings.window)
         baseline = Baseline.from_json({k: v for k, v in read_json(bundle, "baseline.json").items() if k != "on"})
-        window = find(baseline, captures, p.space, settings.alpha, settings.share, seed=p.seed)
+        window = find(baseline, captures, p.task.watched_space(p.space), settings.alpha, settings.share, seed=p.seed)
         known = {f.id for f in p.store.findings(name)}
         p.store.add_findings([f for f in window.findings if f.id not in known])
         return window
@@ -81,7 +81,8 @@ def _bundle_path(p: Project, name: str, bundle_id: str) -> Path:
 def explain(project: "Project | Path | str" = ".", finding: str = "newest", n: int = 6) -> list[Explained]:
     """Show what a model looked at: heat maps of captures that caused a finding, beside clean ones.
 
-    The maps are FullGrad's (Srinivas and Fleuret 2019), which leave nothing of the model's score out.
+    Of pictures the maps are FullGrad's (Srinivas and Fleuret 2019), which leave nothing of the model's score out; of
+    texts they show how far the model's confidence falls when a word is left out.
 
     Args:
         project: the project's folder.
@@ -89,7 +90,7 @@ def explain(project: "Project | Path | str" = ".", finding: str = "newest", n: i
         n: how many flagged captures, and how many clean ones.
 
     Returns:
-        One record per capture, flagged ones first; the PNG files lie in .trilobe/explanations/.
+        One record per capture, flagged ones first; the PNG or SVG files lie in .trilobe/explanations/.
 
     Raises:
         NotEnoughData: there are no findings, or their captures are gone.
@@ -109,13 +110,14 @@ def explain(project: "Project | Path | str" = ".", finding: str = "newest", n: i
         for captures, is_flagged in ((flagged, True), (clean, False)):
             if not captures:
                 continue
-            items = [c.input for c in captures]
+            items = [p.task.captured(c.input) for c in captures]
             drawn = p.task.explain(module, items, p.task.encode(items, model.preprocessing))
             for c, (image, overlay, residual) in zip(captures, drawn, strict=True):
-                shown, why = folder / f"{c.id}.png", folder / f"{c.id}-why.png"
+                kind = "png" if image.startswith(b"\x89PNG") else "svg"
+                shown, why = folder / f"{c.id}.{kind}", folder / f"{c.id}-why.{kind}"
                 write_atomically(shown, image)
                 write_atomically(why, overlay)
-                label = p.space.names[c.prediction]
+                label = p.task.watched_space(p.space).names[c.prediction]
                 explained.append(Explained(c.id, is_flagged, label, c.confidence, shown, why, residual))
         kept = [{**asdict(e), "image": str(e.image), "overlay": str(e.overlay)} for e in explained]
         p.store.record(f"explain/{chosen.id}", kept)

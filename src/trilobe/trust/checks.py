@@ -26,6 +26,10 @@ RULES = {
     rule.check: rule
     for rule in (
         _Rule("accuracy", "at_least", 1.0),
+        _Rule("f1", "at_least", 1.0),
+        _Rule("precision", "at_least", 1.0),
+        _Rule("recall", "at_least", 1.0),
+        _Rule("token_accuracy", "at_least", 1.0),
         _Rule("ece", "at_most", 1.0),
         _Rule("brier", "at_most", 2.0),
         _Rule("log_loss", "at_most", 35.0),

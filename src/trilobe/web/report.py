@@ -24,7 +24,7 @@ from trilobe.web.charts import Bin, Estimate, Series, Station, percent, seconds
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-_DATA_URI = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/]+={0,2}")
+_DATA_URI = re.compile(r"data:image/(png|jpeg|webp|gif|svg\+xml);base64,[A-Za-z0-9+/]+={0,2}")
 FINDING_HEADINGS = {
     "class_share": "One class has taken over",
     "low_confidence": "The model is unsure of what it sees",
@@ -103,7 +103,10 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """The model on held-out examples. ``confusion[i][j]`` counts those of class ``i`` taken for class ``j``."""
+    """The model on held-out examples. ``confusion[i][j]`` counts those of class ``i`` taken for class ``j``.
+
+    ``right`` names what ``accuracy`` is, as people say it: "right", or for instance "entity F1".
+    """
 
     accuracy: Estimate
     trained_on: int = 0
@@ -111,6 +114,7 @@ class Training:
     bins: tuple[Bin, ...] = ()
     classes: tuple[str, ...] = ()
     confusion: tuple[tuple[int, ...], ...] = ()
+    right: str = "right"
     how: str = ""
 
     def __post_init__(self) -> None:
@@ -344,12 +348,13 @@ def from_json(text: str) -> ReportData:
 
 
 def png_uri(png: bytes) -> str:
-    """The data URI of an image file's bytes (PNG), as :class:`Picture` and :class:`HeatMap` take it.
+    """The data URI of an image file's bytes (PNG or SVG), as :class:`Picture` and :class:`HeatMap` take it.
 
     >>> png_uri(b"not really an image")[:26]
     'data:image/png;base64,bm90'
     """
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    kind = "svg+xml" if png.lstrip().startswith(b"<svg") else "png"
+    return f"data:image/{kind};base64," + base64.b64encode(png).decode()
 
 
 @cache
@@ -421,7 +426,7 @@ def _stations(data: ReportData) -> list[Station]:
         ("Question", "questions", d.questions and f"{d.questions.asked:,} asked"),
         ("Answer", "answers", d.answers and f"{d.answers.answers:,} given"),
         ("Belief", "answers", d.answers and _count(d.answers.examples, "label")),
-        ("Model", "training", d.training and f"{percent(d.training.accuracy.value)} right"),
+        ("Model", "training", d.training and f"{percent(d.training.accuracy.value)} {d.training.right}"),
         ("Check", "checks", d.checks and f"{len(passed or [])} of {len(gated or [])} passed"),
         ("Package", "serving", d.serving and (_count(len(d.serving.files), "file") if d.serving.files else "1 bundle")),
         (
@@ -442,7 +447,7 @@ def _key_figures(data: ReportData) -> list[tuple[str, str]]:
         n = d.answers.answers if d.answers else d.questions.asked if d.questions else 0
         out.append((f"{n:,}", "answers given by people"))
     if d.training:
-        out.append((percent(d.training.accuracy.value), "right on held-out examples"))
+        out.append((percent(d.training.accuracy.value), f"{d.training.right} on held-out examples"))
     if d.checks:
         verdicts = [g.evidence.passed for g in d.checks.gates if g.evidence.passed is not None]
         out.append((f"{sum(verdicts)} of {len(verdicts)}", "checks passed"))
@@ -517,6 +522,8 @@ def _training_said(t: Training) -> str:
     a = t.accuracy
     on = f"On {a.n:,} examples it had never seen" if a.n else "On examples it had never seen"
     sure = "" if t.ece is None else f", and how sure it says it is was off by {_points(t.ece)} on average"
+    if t.right != "right":
+        return f"{on}, the model's {t.right} is {percent(a.value)}{sure}."
     return f"{on}, the model was right {percent(a.value)} of the time{sure}."
 
 
@@ -634,4 +641,6 @@ def _require_finite(value: object, where: str) -> None:
 
 def _require_image(uri: str) -> None:
     if not _DATA_URI.fullmatch(uri):
-        raise UsageError(f"an image that is {uri[:60]!r}", expected="a data URI of a PNG, JPEG, WebP or GIF (png_uri)")
+        raise UsageError(
+            f"an image that is {uri[:60]!r}", expected="a data URI of an image (png_uri)"
+        )

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trilobe.config import Config
+from trilobe.tasks import Part, Words
 from trilobe.tasks.image_classification import data as images
 from trilobe.tasks.image_classification import report
-from trilobe.types import Answer, BoolArray, Bundle, Evidence, FloatArray, LabelSpace
+from trilobe.types import BoolArray, Bundle, Evidence, FloatArray, LabelSpace, Response
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +28,36 @@ class ImageClassification:
 
     name = "image_classification"
     suffixes = images.SUFFIXES
+    strategy = "margin"
+    architecture = "small_convnet.v1"
+    free_axes = 1
+    words = Words(
+        noun="picture",
+        same="recognized by its pixels, also in another format",
+        torn="the model is torn between classes",
+        attack="The attack is projected gradient descent (Madry et al. 2018): it knows the network and changes each "
+        "pixel by at most the stated share of the range from black to white.",
+        strength="pixels ±{:.0%}",
+        why="FullGrad (Srinivas and Fleuret 2019) divides the model's score among the pixels and the network's biases, "
+        "completely",
+    )
+
+    def space(self, config: Config) -> LabelSpace:
+        """The classes of the settings."""
+        return config.space
+
+    def watched_space(self, space: LabelSpace) -> LabelSpace:
+        """The classes."""
+        return space
+
+    def read(self, data: bytes, suffix: str, config: Config) -> list[Part]:
+        """One picture a file."""
+        self.decode(data, config)
+        return [Part(data)]
+
+    def captured(self, sent: NDArray[Any]) -> Pixels:
+        """The pixels, as they came."""
+        return sent
 
     def decode(self, data: bytes, config: Config) -> Pixels:
         """Pixels of an image file; see :func:`.data.decode`."""
@@ -69,9 +101,22 @@ class ImageClassification:
 
         return np.asarray(features(module.eval(), torch.from_numpy(X)).numpy())
 
-    def possible(self, answer: Answer, space: LabelSpace) -> BoolArray:
+    def possible(self, response: Response, space: LabelSpace, item: Callable[[], Pixels]) -> BoolArray:
         """The classes an answer leaves possible."""
-        return answer.response.possible(space)
+        return response.possible(space)
+
+    def response(self, proba: FloatArray, space: LabelSpace, item: Callable[[], Pixels]) -> tuple[Response, float]:
+        """The most probable class."""
+        best = int(proba.argmax())
+        return Response("class", (space.names[best],)), float(proba[best])
+
+    def finish(self, output: FloatArray, weights: Mapping[str, NDArray[Any]]) -> FloatArray:
+        """The logits, as they are."""
+        return output
+
+    def watched(self, proba: FloatArray, space: LabelSpace) -> FloatArray:
+        """The predictions themselves."""
+        return proba
 
     def measure(self, proba: FloatArray, labels: Any, space: LabelSpace) -> list[Evidence]:
         """Accuracy and expected calibration error."""
