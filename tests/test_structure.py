@@ -30,7 +30,7 @@ ALLOWED = {
     "cli": GROUND | {"loop", "demos"},
     "__main__": {"cli"},
 }
-HEAVY = {"torch", "onnx", "onnxruntime", "onnxscript", "sklearn", "matplotlib"}
+HEAVY = {"torch", "transformers", "ray", "onnx", "onnxruntime", "onnxscript", "sklearn", "matplotlib"}
 MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 800, 60, 10
 
 

@@ -74,6 +74,7 @@ class QuerySection(Section, frozen=True):
     partial: bool = False  # ask "is it one of these?" where that teaches more per second than "which class?"
     seconds: dict[str, float] = field(default_factory=dict)  # {full, partial}: what people take; measured where absent
     annotators: tuple[str, ...] = ()  # who may be asked; empty: whoever comes
+    engine: Literal["here", "ray"] = "here"  # where the pool is scored: in this process, or by Ray (extra "ray")
 
 
 class AggregateSection(Section, frozen=True):

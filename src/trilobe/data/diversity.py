@@ -143,9 +143,9 @@ def facility_location(
     (2015) filter by the one and then maximize the other. The scale is the distance within which each of ``n`` choices
     would have 1/n of the pool, so there is nothing to tune.
 
-    In a pool larger than ``voters``, so many of it are drawn to vote, by their doubt, and the most doubtful (as many, or
-    ``10 * n``) can be chosen. Their mean vote for a batch differs from that of the pool by more than 0.021 in fewer
-    than 5 of 100 draws of 4096 voters (Hoeffding 1963, theorem 2).
+    In a pool larger than ``voters``, so many of it are drawn to vote, by their doubt, and only the most doubtful (as
+    many, or ``10 * n``) can be chosen. The mean vote for a given batch then differs from that of the whole pool by more
+    than 0.021 in fewer than 5 of 100 draws of 4096 voters (Hoeffding 1963, theorem 2).
 
     Args:
         features: ``(n_pool, n_features)``.

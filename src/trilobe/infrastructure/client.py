@@ -89,7 +89,7 @@ class Client:
                 received[output["name"]] = unpack(memoryview(body)[at : at + size], dtype, output["shape"])
                 at += size
             self.version = answer.get("model_version", "")
-            return {n: received[n] for n in outputs or received or ['outputs']}
+            return {n: received[n] for n in outputs or received or ["outputs"]}
         except (msgspec.MsgspecError, DataError, KeyError, IndexError, TypeError, ValueError) as error:
             raise ServeError(f"{self.url} gave an answer that is not understood ({error})") from error
 

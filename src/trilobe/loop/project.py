@@ -6,13 +6,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from trilobe import __version__, config, tasks
+from trilobe.config import Config
 from trilobe.errors import NotEnoughData, NotFoundError, UsageError
 from trilobe.infrastructure.store import Store
 from trilobe.rows import apply, as_rows
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 STATE = ".trilobe"
+AT_ONCE = 4096  # examples that one worker predicts at a time
 Where = "Project | Path | str"
 
 
@@ -159,9 +163,17 @@ class Project:
             pool = self.store.examples("pool")
             if not pool:
                 raise NotEnoughData("the pool is empty", expected="examples to learn from", hint="trilobe add FOLDER")
-            kept = self.task.preprocessing(self.items(pool[:1000]), self.config)
+            kept = self.task.preprocessing(self.items(pool[:1000]), self._settings())
             self.store.record(key, kept)
         return dict(kept)
+
+    def _settings(self) -> Config:
+        """The settings, with a folder that they name relative to the project made absolute."""
+        encoder = self.folder / self.config.text.encoder
+        if self.config.text.encoder == "words" or not encoder.is_dir():
+            return self.config
+        text = msgspec.structs.replace(self.config.text, encoder=str(encoder.resolve()))
+        return msgspec.structs.replace(self.config, text=text)
 
     def encode(self, examples: Sequence[Example]) -> FloatArray:
         """The examples as network input, decoded once per open project."""
@@ -190,10 +202,20 @@ class Project:
         return module
 
     def predict(self, model: Model, X: FloatArray, module: "nn.Module | None" = None) -> FloatArray:
-        """Calibrated probabilities ``(n, n_classes)``, or rows ``(n_tokens, n_classes)``."""
+        """Calibrated probabilities ``(n, n_classes)``, or rows ``(n_tokens, n_classes)``.
+
+        Where ``query.engine`` is "ray" and there is much to predict, Ray's workers do it: the same numbers.
+        """
         from trilobe.algorithms.fit import predict_logits
 
-        return calibrated(predict_logits(module or self.module(model), X), model.temperature)
+        module = module or self.module(model)
+        if self.config.query.engine == "ray" and len(X) > AT_ONCE:
+            from trilobe.algorithms.spread import map_on_ray
+
+            logits = as_rows([*chain(*map_on_ray(predict_logits, module, X, AT_ONCE))])
+        else:
+            logits = predict_logits(module, X)
+        return calibrated(logits, model.temperature)
 
     def newest_model(self) -> Model | None:
         """The model trained last, if any."""

@@ -66,9 +66,9 @@ def model_card(model: Model, evidence: Sequence[Evidence], facts: Mapping[str, A
         _data(model, known),
         _training(model),
         _evaluation(evidence),
-        _robustness(evidence),
+        _robustness(model, evidence),
         _calibration(model, evidence),
-        _limits(evidence, known),
+        _limits(model, evidence, known),
         _how(model, known),
         _provenance(model),
     ]
@@ -76,7 +76,7 @@ def model_card(model: Model, evidence: Sequence[Evidence], facts: Mapping[str, A
 
 
 def _front_matter(model: Model, evidence: Sequence[Evidence], facts: Mapping[str, Any]) -> dict[str, Any]:
-    task = model.task.replace("_", "-")
+    task = {"entity_recognition": "token-classification"}.get(model.task, model.task.replace("_", "-"))
     name = str(facts.get("project") or model.id)
     metrics = [{"name": _metric(e.check), "type": e.check, "value": float(e.figure)} for e in evidence if _measured(e)]
     dataset = {"name": str(facts.get("dataset") or name), "type": "private"}
@@ -135,7 +135,19 @@ def _evaluation(evidence: Sequence[Evidence]) -> str:
     return f"## Evaluation\n\n{words}\n\n{table}"
 
 
-def _robustness(evidence: Sequence[Evidence]) -> str:
+ATTACKS = {
+    "picture": "Accuracy when every value of an image (0 to 1) may change by up to eps, found by projected gradient "
+    "descent. Each figure is an upper bound: a stronger attack can only lower it.",
+    "text": "What is left of the first figure when a share eps of every text's words is hidden, the worst of several "
+    "draws. Each figure is an upper bound, and no statement about words that somebody puts in their place.",
+}
+
+
+def _noun(model: Model) -> str:
+    return "picture" if model.task == "image_classification" else "text"
+
+
+def _robustness(model: Model, evidence: Sequence[Evidence]) -> str:
     rows = [
         (_number(e.detail.get("eps", e.check.split("@")[1])), *_figures(e), _text(_status(e)))
         for e in evidence
@@ -143,11 +155,8 @@ def _robustness(evidence: Sequence[Evidence]) -> str:
     ]
     if not rows:
         return "## Robustness\n\nNot measured: nothing is known of this model under attack."
-    words = (
-        "Accuracy when every value of an image (0 to 1) may change by up to eps, found by projected gradient descent. "
-        "Each figure is an upper bound: a stronger attack can only lower it."
-    )
-    return f"## Robustness\n\n{words}\n\n{_table(('eps', 'Accuracy', '95% interval', 'Examples', 'Status'), rows)}"
+    words, name = ATTACKS[_noun(model)], "F1" if model.space.scheme else "Accuracy"
+    return f"## Robustness\n\n{words}\n\n{_table(('eps', name, '95% interval', 'Examples', 'Status'), rows)}"
 
 
 def _calibration(model: Model, evidence: Sequence[Evidence]) -> str:
@@ -161,13 +170,13 @@ def _calibration(model: Model, evidence: Sequence[Evidence]) -> str:
     return "## Calibration\n\n" + _listed(rows)
 
 
-def _limits(evidence: Sequence[Evidence], facts: Mapping[str, Any]) -> str:
+def _limits(model: Model, evidence: Sequence[Evidence], facts: Mapping[str, Any]) -> str:
     lines = [f"Stated by its makers: {_text(facts['limits']) if facts.get('limits') else NOT_STATED}."]
     lines += [f"{_text(in_words(e))}." for e in evidence if e.passed is False or _status(e).startswith("inconclusive")]
-    lines += [
-        "It gives one of its classes for any image, also for one that shows none of them.",
-        "The figures hold for images like those that it was measured on; elsewhere they can be worse.",
-    ]
+    noun = _noun(model)
+    if not model.space.scheme:
+        lines.append(f"It gives one of its classes for any {noun}, also for one that shows none of them.")
+    lines.append(f"The figures hold for {noun}s like those that it was measured on; elsewhere they can be worse.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
@@ -175,21 +184,33 @@ def _how(model: Model, facts: Mapping[str, Any]) -> str:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", str(facts.get("endpoint") or facts.get("project") or "model")).strip("-.")
     name = name or "model"
     shape = [1, *(int(model.preprocessing.get(side, 1)) for side in ("height", "width", "channels"))]
-    request = {"inputs": [{"name": "image", "datatype": "UINT8", "shape": shape, "data": ["..."]}]}
+    tensor: dict[str, Any] = {"name": "image", "datatype": "UINT8", "shape": shape, "data": ["..."]}
+    what = (
+        f"`data` holds the {math.prod(shape)} bytes\nof the decoded image, row by row; an image of another size is "
+        "resized as in training"
+    )
+    if _noun(model) == "text":
+        tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["..."]}
+        what = "`data` holds one or more texts"
+    reply = "The reply's output `proba` holds a probability for each class, in the order above."
+    if model.space.scheme:
+        reply = (
+            "The reply's output `entities` holds for each text a JSON list of its entities: start and end in\n"
+            "characters, label, text and confidence; `proba` is about its least certain word."
+        )
     return f"""## How to use
 
 ```sh
 trilobe serve
 ```
 
-Then, by the Open Inference Protocol (the URL is what `trilobe serve` prints; `data` holds the {math.prod(shape)} bytes
-of the decoded image, row by row; an image of another size is resized as in training):
+Then, by the Open Inference Protocol (the URL is what `trilobe serve` prints; {what}):
 
 ```sh
-curl "$URL/v2/models/{name}/infer" -H 'Content-Type: application/json' -d '{_json(request)}'
+curl "$URL/v2/models/{name}/infer" -H 'Content-Type: application/json' -d '{_json({"inputs": [tensor]})}'
 ```
 
-The reply's output `proba` holds a probability for each class, in the order above."""
+{reply}"""
 
 
 def _provenance(model: Model) -> str:

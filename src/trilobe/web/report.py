@@ -641,6 +641,4 @@ def _require_finite(value: object, where: str) -> None:
 
 def _require_image(uri: str) -> None:
     if not _DATA_URI.fullmatch(uri):
-        raise UsageError(
-            f"an image that is {uri[:60]!r}", expected="a data URI of an image (png_uri)"
-        )
+        raise UsageError(f"an image that is {uri[:60]!r}", expected="a data URI of an image (png_uri)")
