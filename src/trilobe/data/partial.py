@@ -26,8 +26,9 @@ strategy           example                     question                       in
 
 Source: Hu, Lipton, Anandkumar and Ramanan, Active Learning with Partial Feedback (2019): expected information gain
 (section 3.1), expected remaining classes and expected decrease in classes. Deviation: answers may be noisy, and gain is
-counted per second of a person's time. ``closing`` is not in the paper: where it was measured it is at least as good
-as the best of the paper's three (``benchmarks/query-partial``).
+counted per second of a person's time. ``closing`` is not in the paper: of the paper's three sometimes one and
+sometimes another is best, and it was level with the best or ahead on each of five data sets
+(``benchmarks/query-partial``).
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -15,13 +15,15 @@ import numpy as np
 
 from trilobe.data.partial import Asked, choose, measured_seconds, tree_questions
 from trilobe.data.query import Selection, select
+from trilobe.data.trees import confusion_points, tree
 from trilobe.errors import NotEnoughData, UsageError
 from trilobe.loop.believing import believed
 from trilobe.loop.project import Project, tell
-from trilobe.types import Example, Finding, FloatArray, Model, Question
+from trilobe.types import BoolArray, Example, Finding, FloatArray, LabelSpace, Model, Question
 
 Strategy = str | Callable[[FloatArray], FloatArray]
 CONTROL = "control.v1"
+SURE = 0.99  # probability from which an answered example is not asked about again
 
 
 @dataclass(frozen=True)
@@ -162,23 +164,32 @@ def _partial(p: Project, model: Model, rest: list[Example], n: int, seed: int) -
     if p.space.scheme:
         raise UsageError("yes/no questions about entities", expected="a task whose answers are classes")
     known = {b.example_id: b for b in believed(p, model)} if p.store.answers() else {}
-    gone = {q.example_id for q in p.store.questions() if q.strategy == "truth.v1"}
-    doubted = [e for e in p.store.examples(ids=list(known)) if known[e.id].proba.max() < 0.99 and e.id not in gone]
+    certain = {q.example_id for q in p.store.questions() if q.strategy == "truth.v1"}
+    doubted = [e for e in p.store.examples(ids=list(known)) if known[e.id].proba.max() < SURE and e.id not in certain]
+    new = p.predict(model, p.encode(rest)) if rest else np.empty((0, len(p.space)))
+    proba = np.concatenate([new, *[known[e.id].proba[None] for e in doubted]])
+    possible = np.concatenate([np.ones(new.shape, bool), *[known[e.id].possible[None] for e in doubted]])
     candidates = [*rest, *doubted]
-    if not candidates:
-        raise NotEnoughData("every example of the pool is known", hint="trilobe add FOLDER")
-    proba = np.concatenate([p.predict(model, p.encode(rest)) if rest else np.empty((0, len(p.space))),
-                            *[known[e.id].proba[None] for e in doubted]])  # fmt: skip
-    names, sets = tree_questions(p.space)
+    names, sets = _questions(p, proba)
     seconds = {**measured_seconds(p.store.answers(), p.store.questions()), **p.config.query.seconds}
-    asked = choose(proba, sets, n, seconds, seed=seed)
+    asked = choose(proba, sets, n, seconds, seed=seed, possible=possible) if candidates else None
+    if asked is None or not len(asked.index):
+        raise NotEnoughData("every example of the pool is known", hint="trilobe add FOLDER")
     return [_pick(p, candidates[i], names, proba[i], asked, at) for at, i in enumerate(asked.index)]
+
+
+def _questions(p: Project, proba: FloatArray) -> tuple[list[str], BoolArray]:
+    """The yes/no questions of the label tree; without one, of the tree of what the model takes for what."""
+    if p.space.parents or len(p.space) < 4:
+        return tree_questions(p.space)
+    names = p.space.names
+    return tree_questions(LabelSpace(names, tree(names, confusion_points(proba.T @ proba))))
 
 
 def _pick(p: Project, e: Example, names: Sequence[str], proba: FloatArray, asked: Asked, at: int) -> Pick:
     question, rate = int(asked.question[at]), float(asked.rate[at])
-    reason = f"teaches {rate:.2f} nats a second: {torn(proba, p.space.names)}"
-    return Pick(e, "gain_per_second.v1", rate, reason, () if question < 0 else (names[question],))
+    choices = () if question < 0 else tuple(names[question].split("|"))
+    return Pick(e, "closing.v1", rate, f"teaches most per second: {torn(proba, p.space.names)}", choices)
 
 
 def told_of(p: Project, questions: Sequence[Question]) -> list[str]:

@@ -70,9 +70,9 @@ def plan(
         trilobe plan labels --target 0.95
     """
     with opened(project) as p:
-        target = p.config.run.goal if target is None else target
-        if not 0 < target <= 1:
-            raise UsageError(f"target = {target}", expected="above 0, at most 1")
+        target = min(p.config.run.goal, 0.999) if target is None else target
+        if not 0 < target < 1:
+            raise UsageError(f"target = {target}", expected="between 0 and 1")
         model = p.newest_model()
         if model is None:
             raise NotEnoughData("there is no model yet", expected="one", hint="trilobe run, or trilobe train")
