@@ -16,7 +16,7 @@ $(VENV)/demo: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/demo
-	@$(INSTALL) -e '.[demo,postgres,test,docs]'
+	@$(INSTALL) -e '.[demo,postgres,text,ray,test,docs]'
 	@touch $@
 
 demo: $(VENV)/demo   ## the whole loop on real handwritten digits: installs, then runs for about a minute

@@ -50,6 +50,7 @@ class ImageSection(Section, frozen=True):
 
     size: Natural = 0  # height and width the network sees; 0: the pool's median, at most 64
     max_pixels: Count = 50_000_000
+    network: str = ""  # your own, "package.module:function" of (preprocessing, n_classes); empty: a small one of ours
 
 
 class TextSection(Section, frozen=True):

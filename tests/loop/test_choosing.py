@@ -72,7 +72,8 @@ def test_what_repeats_is_not_asked_twice(tiny: Any, tmp_path: Path) -> None:
 
 
 def test_yes_or_no_questions(trained: Any) -> None:
-    trained.set("labels", "parents", '{bar = "line", cross = "line", dot = "blob"}')
+    parents = '{bar = "line", cross = "line", dot = "blob"}'
+    trained.set("labels", "names", f'["bar", "cross", "dot"]\nparents = {parents}')
     trained.set("query", "seconds", "{full = 9.0, partial = 1.0}")
     asked = loop.query(trained.folder, n=6, partial=True)
     assert len(asked) == 6 and {q.strategy for q in asked} == {"closing.v1"}
@@ -134,3 +135,8 @@ def test_a_strategy_of_another_package(trained: Any) -> None:
     with pytest.raises(UsageError, match="nowhere"):
         loop.label(trained.answer, trained.folder)
         loop.query(trained.folder, strategy="nowhere:at_all")
+
+
+def test_a_committee(trained: Any) -> None:
+    asked = loop.query(trained.folder, n=6, strategy="bald")
+    assert {q.strategy for q in asked} <= {"bald.v1", CONTROL} and any(q.score > 0 for q in asked)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from trilobe.algorithms.fit import Plan, fit
 from trilobe.errors import UsageError
-from trilobe.tasks.image_classification.model import features, network, vary
+from trilobe.tasks.image_classification.model import features, imported, network, vary
 
 
 def spec(height: int, width: int, channels: int = 1) -> dict[str, int]:
@@ -99,3 +100,43 @@ def test_variations_use_no_other_random_numbers() -> None:
 def test_a_constant_image_stays_constant() -> None:
     x = torch.full((5, 3, 8, 12), 0.3)
     np.testing.assert_allclose(vary(x, torch.Generator().manual_seed(0)).numpy(), 0.3, atol=1e-6)
+
+
+def frozen_backbone(preprocessing: dict, n_classes: int) -> nn.Module:
+    backbone = nn.Sequential(nn.Conv2d(preprocessing["channels"], 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    return nn.Sequential(backbone.requires_grad_(False), nn.Flatten(), nn.Linear(4, n_classes))
+
+
+def no_network(preprocessing: dict, n_classes: int) -> str:
+    return "a network"
+
+
+def wrong_size(preprocessing: dict, n_classes: int) -> nn.Module:
+    return nn.Flatten()
+
+
+def test_a_network_of_ones_own() -> None:
+    spec = {"channels": 1, "height": 8, "width": 8}
+    where = f"{__name__}:frozen_backbone"
+    net, again = imported(where, spec, 3, seed=1), imported(where, spec, 3, seed=1)
+    for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), "the seed decides"
+    kept = net[0][0].weight.clone()
+    X = np.random.default_rng(0).random((20, 1, 8, 8), dtype=np.float32)
+    fit(net, X, np.eye(3)[np.arange(20) % 3], Plan(steps=5, epochs=0))
+    assert torch.equal(net[0][0].weight, kept), "what is frozen stays"
+
+
+@pytest.mark.parametrize(
+    ("where", "problem"),
+    [
+        ("nowhere:net", "No module named 'nowhere'"),
+        ("math:net", "has no attribute 'net'"),
+        ("", "Empty module name"),
+        (f"{__name__}:no_network", "gave a str"),
+        (f"{__name__}:wrong_size", r"gives \(2, 64\) for 2 images; expected \(2, 3\)"),
+    ],
+)
+def test_what_is_no_network(where: str, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        imported(where, {"channels": 1, "height": 8, "width": 8}, 3)

@@ -196,6 +196,31 @@ def predict_logits(module: nn.Module, X: FloatArray, batch_size: int = 1024) -> 
         return as_rows(out)
 
 
+def predict_samples(module: nn.Module, X: FloatArray, n_samples: int = 10, seed: int = 0) -> list[FloatArray]:
+    """Logits of ``n_samples`` passes in which dropout stays on: a committee (Gal and Ghahramani 2016).
+
+    Returns:
+        ``n_samples`` arrays as :func:`predict_logits` gives them; all alike where the module has no dropout.
+
+    >>> len(predict_samples(nn.Dropout(0.5), np.ones((5, 2), dtype=np.float32), 3))
+    3
+    """
+    dropped = [m for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    handles = [m.register_forward_pre_hook(_left_on) for m in dropped]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return [predict_logits(module, X) for _ in range(n_samples)]
+    finally:
+        for handle in handles:
+            handle.remove()
+        module.eval()
+
+
+def _left_on(module: nn.Module, _: object) -> None:
+    module.train()
+
+
 def cross_fit(
     make: Callable[[], nn.Module],
     X: FloatArray,

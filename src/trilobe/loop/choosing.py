@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from trilobe.data.partial import Asked, choose, measured_seconds, tree_questions
-from trilobe.data.query import Selection, select
+from trilobe.data.query import Selection, find, select
 from trilobe.data.trees import confusion_points, tree
 from trilobe.errors import NotEnoughData, UsageError
 from trilobe.loop.believing import believed
@@ -126,6 +126,7 @@ def _chosen(p: Project, model: Model | None, rest: list[Example], wanted: Strate
     X = p.encode(rest)
     module = p.module(model) if model else None
     proba = p.predict(model, X, module) if model and wanted != "random" else None
+    samples = p.samples(model, X, module, seed) if model and find(wanted).takes.get("samples") is not None else None
     if wanted == "random":
         chosen = select(wanted, n, None, np.zeros((len(rest), 1)), seed=seed)
     else:
@@ -133,8 +134,8 @@ def _chosen(p: Project, model: Model | None, rest: list[Example], wanted: Strate
         before = p.store.examples("pool", ids=list(asked)) if asked else []
         known = p.task.features(module, p.encode(before)) if before else None
         query = p.config.query
-        chosen = select(wanted, n, proba, p.task.features(module, X), query.diversity, seed, known,
-                        duplicates=query.duplicates)  # fmt: skip
+        chosen = select(wanted, n, proba, p.task.features(module, X), query.diversity, seed, known, samples,
+                        query.duplicates)  # fmt: skip
     return [
         Pick(rest[i], chosen.strategy, float(score), reason)
         for i, score, reason in zip(chosen.index, chosen.score, _reasons(p, chosen, proba), strict=True)

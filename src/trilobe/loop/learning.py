@@ -65,7 +65,7 @@ def train(project: "Project | Path | str" = ".", seed: int | None = None) -> Mod
             space=p.space,
             weights=weights,
             preprocessing=spec,
-            network={"name": p.task.architecture, "width": p.config.train.width},
+            network={"name": spec.get("network", p.task.architecture), "width": p.config.train.width},
             temperature=learned.temperature,
             origin={**p.origin(train=settings, beliefs=told.beliefs, n_examples=len(beliefs), n_answers=told.n_answers,
                                annotators=list(told.annotators), aggregate=told.method), "seed": seed},

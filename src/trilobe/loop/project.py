@@ -217,6 +217,15 @@ class Project:
             logits = predict_logits(module, X)
         return calibrated(logits, model.temperature)
 
+    def samples(
+        self, model: Model, X: FloatArray, module: "nn.Module | None" = None, seed: int = 0
+    ) -> list[FloatArray]:
+        """What a committee predicts: the model with dropout left on, ten times."""
+        from trilobe.algorithms.fit import predict_samples
+
+        passes = predict_samples(module or self.module(model), X, seed=seed)
+        return [calibrated(logits, model.temperature) for logits in passes]
+
     def newest_model(self) -> Model | None:
         """The model trained last, if any."""
         models = self.store.models()

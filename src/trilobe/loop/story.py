@@ -72,9 +72,10 @@ def _pool(p: Project, told: Mapping[str, Any]) -> page.Pool | None:
         return None
     shown = [pool[i] for i in np.random.default_rng(p.seed).permutation(len(pool))[:14]]
     return page.Pool(
-        examples=len(pool), held_out=counts.get("test", 0), classes=p.space.names, sample=tuple(_pictures(p, shown)),
-        how="Every file is named by the digest of its bytes; a picture that is already there, also in another format "
-            "or in the held-out part, is recognized by its pixels and left out.",
+        examples=len(pool), held_out=counts.get("test", 0), classes=p.config.labels.names,
+        sample=tuple(_pictures(p, shown)),
+        how=f"Every {p.task.words.noun} is named by the digest of its bytes. One that is already there, also in the "
+            f"held-out part, is left out: {p.task.words.same}.",
         **{k: len(v) for k, v in p.store.recorded("left_out", {}).items()},
     )  # fmt: skip
 

@@ -32,7 +32,7 @@ class EntityRecognition:
     free_axes = 2
     words = Words(
         noun="text",
-        same="the same characters",
+        same="it is recognized by its characters",
         torn="the model is torn between entities",
         attack="The attack hides words: in each text the stated share of them, at random, and of several draws the one "
         "that costs most entities counts. The figure is the F1 of the entities that are left.",

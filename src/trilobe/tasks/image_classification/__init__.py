@@ -33,7 +33,7 @@ class ImageClassification:
     free_axes = 1
     words = Words(
         noun="picture",
-        same="recognized by its pixels, also in another format",
+        same="it is recognized by its pixels, also in another file format",
         torn="the model is torn between classes",
         attack="The attack is projected gradient descent (Madry et al. 2018): it knows the network and changes each "
         "pixel by at most the stated share of the range from black to white.",
@@ -72,18 +72,21 @@ class ImageClassification:
         return images.content_digest(item)
 
     def preprocessing(self, items: Sequence[Pixels], config: Config) -> dict[str, Any]:
-        """Size and channels that suit the pool."""
-        return images.choose_preprocessing([i.shape for i in items], config.image.size)
+        """Size and channels that suit the pool, and where the network comes from if it is not ours."""
+        spec = images.choose_preprocessing([i.shape for i in items], config.image.size)
+        return spec | ({"network": config.image.network} if config.image.network else {})
 
     def encode(self, items: Sequence[Pixels], preprocessing: Mapping[str, Any]) -> FloatArray:
         """``(n, channels, height, width)`` float32, 0 to 1."""
         return images.encode(items, preprocessing)
 
     def network(self, preprocessing: Mapping[str, Any], space: LabelSpace, width: int, seed: int) -> "nn.Module":
-        """The small convolutional network of :mod:`.model`."""
-        from trilobe.tasks.image_classification.model import network
+        """The small convolutional network of :mod:`.model`, or the one that ``image.network`` names."""
+        from trilobe.tasks.image_classification import model
 
-        return network(preprocessing, len(space), width, seed)
+        if where := preprocessing.get("network"):
+            return model.imported(str(where), preprocessing, len(space), seed)
+        return model.network(preprocessing, len(space), width, seed)
 
     def augment(self, config: Config) -> Callable[..., Any] | None:
         """Small turns, moves and scales."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -40,6 +41,38 @@ def network(preprocessing: Mapping[str, Any], n_classes: int, width: int = 16, s
             channels, side = wider, side // 2
         layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.2), nn.Linear(4 * channels, n_classes)]
         return nn.Sequential(*layers)
+
+
+def imported(where: str, preprocessing: Mapping[str, Any], n_classes: int, seed: int = 0) -> nn.Module:
+    """Somebody else's network: what the function at ``package.module:function`` returns.
+
+    It is called with the preprocessing (channels, height and width among it) and the number of classes, and gives a
+    module from ``(n, channels, height, width)`` in 0..1 to logits ``(n, n_classes)``. Whatever of it is frozen
+    (``requires_grad_(False)``) stays as it is: a pretrained backbone with a new last layer is three lines.
+
+    Raises:
+        UsageError: nothing at that path, or what comes is no module that gives so many logits.
+
+    >>> imported("trilobe.tasks.image_classification.model:network", {"channels": 1, "height": 8, "width": 8}, 3)[-1]
+    Linear(in_features=128, out_features=3, bias=True)
+    """
+    expected = "package.module:function of (preprocessing, n_classes) that returns a torch module"
+    try:
+        module_name, _, name = where.partition(":")
+        function = getattr(import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise UsageError(f"image.network = {where!r}: {e}", expected=expected, hint="edit trilobe.toml") from e
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = function(preprocessing, n_classes)
+    if not isinstance(net, nn.Module):
+        raise UsageError(f"image.network = {where!r} gave a {type(net).__name__}", expected=expected)
+    shape = [2, *(int(preprocessing[side]) for side in ("channels", "height", "width"))]
+    with torch.no_grad():
+        came = tuple(net.eval()(torch.zeros(shape)).shape)
+    if came != (2, n_classes):
+        raise UsageError(f"image.network = {where!r} gives {came} for 2 images", expected=f"(2, {n_classes})")
+    return net
 
 
 def _stage(before: int, after: int) -> list[nn.Module]:

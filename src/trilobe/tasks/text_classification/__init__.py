@@ -30,7 +30,7 @@ class TextClassification:
     free_axes = 2
     words = Words(
         noun="text",
-        same="the same words, whatever the spaces between them",
+        same="it is recognized by its words, whatever the spaces between them",
         torn="the model is torn between classes",
         attack="The attack hides words: in each text the stated share of them, at random, in several draws; a text "
         "counts only if none of them makes it wrong.",
