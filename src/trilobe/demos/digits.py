@@ -164,18 +164,7 @@ def run(folder: Path, seed: int = 0) -> dict[str, Any]:
     """The whole story; see :func:`trilobe.demos.demo`."""
     clear(folder)
     stage = DigitsStage(folder, seed, digits=deal(seed))
-    took = play(stage, _learn_and_promote, _go_wrong_and_repair)
-    told = stage.told | {"failed_requests": stage.failed, "requests": stage.requests, "seconds": round(took, 1)}
-    with opened(folder) as p:
-        tell_story(
-            p, stages=stage.stages, command=f"trilobe demo --seed {seed}", verdict=_verdict(told),
-            traffic={"requests": stage.requests, "failed": stage.failed, "swaps": 1,
-                     "median_seconds": float(np.median(stage.seconds))},
-        )  # fmt: skip
-        path = loop.report(p)
-    told["report"] = str(path)
-    tell(f"\n{took:.0f} seconds. Open {path} in a browser.")
-    return told
+    return play(stage, f"trilobe demo --seed {seed}", _verdict, _learn_and_promote, _go_wrong_and_repair)
 
 
 def _learn_and_promote(s: DigitsStage) -> None:

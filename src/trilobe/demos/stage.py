@@ -11,6 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from trilobe import loop
@@ -115,8 +116,10 @@ def clear(folder: Path) -> None:
     (folder / MARK).write_text("A demonstration of Trilobe; `trilobe demo` may replace this folder.\n", "utf-8")
 
 
-def play(stage: Stage, *acts: Callable[[Any], None]) -> float:
-    """The acts of a story, one after the other; however they end, no server is left behind. Seconds it took."""
+def play(
+    stage: Any, command: str, verdict: Callable[[dict[str, Any]], str], *acts: Callable[[Any], None]
+) -> dict[str, Any]:
+    """The acts of a story, one after the other, and its report; however they end, no server is left behind."""
     started = time.perf_counter()
     try:
         for act in acts:
@@ -125,7 +128,16 @@ def play(stage: Stage, *acts: Callable[[Any], None]) -> float:
         with opened(stage.folder) as p:
             if (p.endpoint_folder(None) / "state.json").exists():
                 loop.serve(project=p, stop=True)
-    return time.perf_counter() - started
+    took = time.perf_counter() - started
+    told: dict[str, Any] = stage.told | {"failed_requests": stage.failed, "requests": stage.requests,
+                                         "seconds": round(took, 1)}  # fmt: skip
+    traffic = {"requests": stage.requests, "failed": stage.failed, "swaps": 1,
+               "median_seconds": float(np.median(stage.seconds))}  # fmt: skip
+    with opened(stage.folder) as p:
+        tell_story(p, stages=stage.stages, command=command, verdict=verdict(told), traffic=traffic)
+        path = loop.report(p)
+    tell(f"\n{took:.0f} seconds. Open {path} in a browser.")
+    return told | {"report": str(path)}
 
 
 def random_copy(folder: Path, strategy: str) -> Path:

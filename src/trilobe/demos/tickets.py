@@ -3,7 +3,7 @@
 The corpus is the project's own (``tickets.jsonl``, described in ``tickets.md``). The annotators are simulated: they
 overlook entities and mark others wrongly, at rates that stand below. Everything else is the product doing its work. The
 messages are dealt into four hands that never mix: the pool, those to grade with, what comes in on good days, and what
-comes in when another ticket system begins to send everything in capital letters.
+comes in when letters on paper are scanned, and the scanner takes an o for a 0 and an l for a 1.
 """
 
 import json
@@ -37,8 +37,9 @@ from trilobe.types import Evidence, Example, Model, Question, Response, Span
 
 LABELS = ("SERVICE", "VERSION")
 CROWD = (SimulatedReader("ada", 0.02, 0.01, 0.02), SimulatedReader("ben", 0.06, 0.03, 0.05, 6.0),
-         SimulatedReader("cleo", 0.25, 0.10, 0.15, 4.0))  # fmt: skip
-FIRST, PER_ROUND, ROUNDS, PEOPLE = 20, 20, 4, 2
+         SimulatedReader("cleo", 0.15, 0.05, 0.15, 4.0))  # fmt: skip
+FIRST, PER_ROUND, ROUNDS, PEOPLE = 40, 40, 3, 2
+MISREAD = str.maketrans("oOlIsS", "001155")
 HAND, REPAIR = 50, 40
 CONFIG = f"""\
 [project]
@@ -57,7 +58,7 @@ answers = {PEOPLE}
 annotators = {[a.name for a in CROWD]}
 
 [train]
-steps = 200
+steps = 250
 batch_size = 16
 lr = 1e-2
 folds = 2
@@ -83,9 +84,9 @@ class Message:
     text: str
     spans: tuple[Span, ...]
 
-    def shouted(self) -> "Message":
-        """The same in capital letters, of letters whose capitals take one place too: positions stay what they are."""
-        return Message("".join(c.upper() if len(c.upper()) == 1 else c for c in self.text), self.spans)
+    def scanned(self) -> "Message":
+        """The same as a scanner reads it: letters that look like digits become digits; positions stay what they are."""
+        return Message(self.text.translate(MISREAD), self.spans)
 
 
 @dataclass
@@ -113,7 +114,7 @@ def deal(seed: int) -> Tickets:
         parts[row["split"]].append(Message(row["text"], tuple(Span(*s) for s in row["spans"])))
     order = np.random.default_rng(seed_of(seed, "deal")).permutation(len(parts["pool"]))
     pool = [parts["pool"][i] for i in order]
-    changed = [m.shouted() for m in pool[HAND : 2 * HAND]]
+    changed = [m.scanned() for m in pool[HAND : 2 * HAND]]
     return Tickets(pool[2 * HAND :], parts["test"], pool[:HAND], changed)
 
 
@@ -121,18 +122,7 @@ def run(folder: Path, seed: int = 0) -> dict[str, Any]:
     """The whole story; see :func:`trilobe.demos.demo`."""
     clear(folder)
     stage = TicketsStage(folder, seed, tickets=deal(seed))
-    took = play(stage, _learn_and_promote, _go_wrong_and_repair)
-    told = stage.told | {"failed_requests": stage.failed, "requests": stage.requests, "seconds": round(took, 1)}
-    with opened(folder) as p:
-        tell_story(
-            p, stages=stage.stages, command=f"trilobe demo tickets --seed {seed}", verdict=_verdict(told),
-            traffic={"requests": stage.requests, "failed": stage.failed, "swaps": 1,
-                     "median_seconds": float(np.median(stage.seconds))},
-        )  # fmt: skip
-        path = loop.report(p)
-    told["report"] = str(path)
-    tell(f"\n{took:.0f} seconds. Open {path} in a browser.")
-    return told
+    return play(stage, f"trilobe demo tickets --seed {seed}", _verdict, _learn_and_promote, _go_wrong_and_repair)
 
 
 def answerer(messages: list[Message], folder: str, seed: int) -> Answerer:
@@ -184,10 +174,11 @@ def _learn_and_promote(s: TicketsStage) -> None:
         endpoint = loop.serve(project=s.folder, background=True)
         tell(f"bundle {bundle.id} at {endpoint.url}/v2/models/tickets")
         with Client(endpoint.url, endpoint.name) as client:
-            text = next(m.text for m in t.usual if m.spans)
-            found = client.entities([text])[0]
-            tell(f"asked: {text}")
-            tell("found: " + (", ".join(f"{e['text']} ({e['label']}, {e['confidence']:.0%})" for e in found) or "none"))
+            for message in [m for m in t.usual if m.spans][:3]:
+                (found,) = client.entities([message.text])
+                tell(message.text)
+                said = [f"{e['text']} ({e['label']}, {e['confidence']:.0%})" for e in found]
+                tell(f"   found: {', '.join(said) or 'nothing'}")
 
 
 def _plain(span: Span) -> tuple[int, int, str]:
@@ -198,16 +189,16 @@ def _go_wrong_and_repair(s: TicketsStage) -> None:
     t = s.tickets
     with opened(s.folder) as p:
         endpoint, first = loop.serve(project=p), p.store.model()
-        styles = {"the usual style": t.test, "capital letters": [m.shouted() for m in t.test]}
+        styles = {"the usual style": t.test, "scanned letters": [m.scanned() for m in t.test]}
         before = {name: _f1(p, first, messages) for name, messages in styles.items()}
         with s.step("clean traffic", "Usual traffic: nothing should be found"):
             s.send(endpoint, [m.text for m in t.usual])
             s.told["findings_clean"] = watch(p)
             tell_story(p, clean={"captures": HAND, "findings": len(s.told["findings_clean"])})
-        with s.step("capitals", "Another ticket system: EVERYTHING IN CAPITAL LETTERS"):
+        with s.step("scans", "Letters on paper are scanned now: an o is read as 0, an l as 1, an s as 5"):
             s.send(endpoint, [m.text for m in t.changed])
             s.told["findings_shift"] = watch(p)
-            tell(f"F1 on capital letters: {before['capital letters'].figure:.1%} "
+            tell(f"F1 on scanned letters: {before['scanned letters'].figure:.1%} "
                  f"(in the usual style {before['the usual style'].figure:.1%})")  # fmt: skip
         if not s.told["findings_shift"]:
             tell("nothing was noticed, so nothing is repaired")
@@ -224,7 +215,7 @@ def _go_wrong_and_repair(s: TicketsStage) -> None:
         for name in styles:
             tell(f"{name}: {before[name].figure:.1%} -> {after[name].figure:.1%}")
         tell(f"{caller.requests} requests meanwhile, {caller.failed} failed; {len(caller.versions)} bundles answered")
-        s.told |= {"f1_before": before["capital letters"].figure, "f1_after": after["capital letters"].figure,
+        s.told |= {"f1_before": before["scanned letters"].figure, "f1_after": after["scanned letters"].figure,
                    "f1_usual_before": before["the usual style"].figure,
                    "f1_usual_after": after["the usual style"].figure, "repair_answers": given}  # fmt: skip
         changes = [{"name": name, "before": interval(before[name]), "after": interval(after[name])} for name in styles]
@@ -258,7 +249,7 @@ def _verdict(told: dict[str, Any]) -> str:
     if "f1_after" not in told:
         return learned
     return (
-        f"{learned} Its traffic turned to capital letters; that was caught, and {told['repair_answers']} more answers "
+        f"{learned} Then letters were scanned, with errors; that was caught, and {told['repair_answers']} more answers "
         f"repaired it: F1 from {told['f1_before']:.0%} to {told['f1_after']:.0%} there, with "
         f"{told['failed_requests'] or 'no'} failed requests."
     )

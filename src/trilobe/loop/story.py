@@ -101,6 +101,7 @@ def _questions(p: Project, told: Mapping[str, Any]) -> page.Questions | None:
         baseline=_series("picked at random", told.get("curve_random", []), "quiet"),
         target=p.config.run.goal,
         last_round=tuple(_pictures(p, [examples[q.example_id] for q in last], captions)),
+        right=NAMES.get(figure, "right"),
         how=f"The first round asks about examples typical of the pool; then the strategy {p.strategy!r} asks where "
         f"{p.task.words.torn}, spread over unlike examples, and a share is left to chance, so that what the strategy "
         f"saves can be measured. The number under a {p.task.words.noun} is its score (higher: asked sooner). The curve "
@@ -154,7 +155,8 @@ def _training(p: Project, model: Model) -> page.Training:
     )
 
 
-NAMES = {"ece": "calibration error", "brier": "Brier score", "log_loss": "log loss", "f1": "entity F1"}
+NAMES = {"ece": "calibration error", "brier": "Brier score", "log_loss": "log loss", "f1": "entity F1",
+         "token_accuracy": "accuracy of tokens"}  # fmt: skip
 MEANINGS = {
     "accuracy": "share of held-out examples it gets right",
     "f1": "harmonic mean of precision and recall, exact spans only",
@@ -172,9 +174,10 @@ def _checks(p: Project, evidence: Sequence[Evidence]) -> page.Checks | None:
     if not evidence:
         return None
     attacks = [e for e in evidence if e.check.startswith("robust_accuracy@")]
+    first = "entity F1" if p.space.scheme else "accuracy"
     gates = [
         page.Gate(
-            NAMES.get(e.check, e.check.replace("robust_accuracy@", "accuracy under attack, strength ")),
+            NAMES.get(e.check, e.check.replace("robust_accuracy@", f"{first} under attack, strength ")),
             e, MEANINGS.get(e.check, "what is left of it under attack, at worst"),
             "number" if e.check in ("parity", "brier", "log_loss") else "percent",
         )
@@ -271,7 +274,7 @@ def _repair(p: Project, told: Mapping[str, Any]) -> page.Repair | None:
         return _repair_by_hand(p)
     changes = tuple(page.Change(c["name"], estimate("", c["before"]), estimate("", c["after"])) for c in r["changes"])
     return page.Repair(changes, r["new_answers"], r.get("requests", 0), r.get("failed", 0), r.get("bundle_id", ""),
-                       how=r.get("how", ""))  # fmt: skip
+                       "entity F1" if p.space.scheme else "right", r.get("how", ""))  # fmt: skip
 
 
 def _repair_by_hand(p: Project) -> page.Repair | None:

@@ -66,7 +66,7 @@ class Pool:
 class Questions:
     """What was asked. ``chosen`` and ``baseline`` are held-out accuracy (0..1) over number of answers.
 
-    The caption of a picture of ``last_round`` says why it was asked.
+    The caption of a picture of ``last_round`` says why it was asked; ``right`` is as in :class:`Training`.
     """
 
     asked: int
@@ -75,6 +75,7 @@ class Questions:
     baseline: Series | None = None
     target: float | None = None
     last_round: tuple[Picture, ...] = ()
+    right: str = "right"
     how: str = ""
 
 
@@ -243,6 +244,7 @@ class Repair:
     requests: int = 0
     failed: int = 0
     bundle_id: str = ""
+    right: str = "right"
     how: str = ""
 
 
@@ -390,7 +392,7 @@ def _draw(data: ReportData) -> dict[str, Any]:
         lowest = min(min(line.y) for line in lines)
         drawn["curve"] = charts.line_chart(
             lines, title="Accuracy on held-out examples against number of answers", x_label="answers from people",
-            y_label="right on held-out examples", y_range=(min(0.9, np.floor(10 * lowest) / 10), 1.0), target=q.target,
+            y_label=f"{q.right} on held-out examples", y_range=(min(0.9, np.floor(10 * lowest) / 10), 1.0), target=q.target,
         )  # fmt: skip
     if data.answers and data.answers.annotators:
         pairs = [(a.quality, a.true_quality) for a in data.answers.annotators]
@@ -490,7 +492,7 @@ def _questions_said(q: Questions) -> str:
     opening = "Instead of having people label everything, the program asks about the examples it can learn most from"
     if not q.chosen:
         return f"{opening}: {_count(q.asked, 'question')} so far."
-    last = f"{percent(q.chosen.y[-1])} right after {q.chosen.x[-1]:g} answers"
+    last = f"{_scored(percent(q.chosen.y[-1]), q.right)} after {q.chosen.x[-1]:g} answers"
     if q.target is None:
         than = f", where picking at random gave {percent(q.baseline.y[-1])}" if q.baseline else ""
         return f"{opening}: {last}{than}."
@@ -500,6 +502,8 @@ def _questions_said(q: Questions) -> str:
         sooner = "" if other is None else f", while picking at random took {other:g} answers"
         return f"{opening}; the target of {aim} is not reached yet ({last}){sooner}."
     reached = f"{opening}: {mine:g} answers were enough to be right {aim} of the time"
+    if q.right != "right":
+        reached = f"{opening}: {mine:g} answers were enough for {q.right} {aim}"
     if q.baseline is None:
         return f"{reached}."
     if other is None:
@@ -567,7 +571,12 @@ def _repair_said(r: Repair) -> str:
         return f"{opening}."
     best = max(r.changes, key=lambda c: c.after.value - c.before.value)
     moved = f"from {percent(best.before.value)} to {percent(best.after.value)}"
-    return f"{opening} took the model {moved} right on {best.name}."
+    return f"{opening} took the model {_scored(moved, r.right)} on {best.name}."
+
+
+def _scored(figure: str, right: str) -> str:
+    """``"95% right"``, or ``"entity F1 95%"``."""
+    return f"{figure} right" if right == "right" else f"{right} {figure}"
 
 
 def _origin_said(o: Origin) -> str:
