@@ -57,6 +57,7 @@ class TextSection(Section, frozen=True):
     """``[text]``"""
 
     encoder: str = "words"  # our own small network; or a Hugging Face encoder by name or folder (extra "text")
+    layers: Natural = 0  # of the encoder, from below; 0: all. Names are told best by lower ones
     max_tokens: Count = 256  # a longer document becomes several examples, cut between sentences
 
 

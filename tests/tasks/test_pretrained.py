@@ -165,3 +165,13 @@ def test_the_cache_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp
     assert default_cache() == tmp_path / "trilobe" / "features"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache() == Path.home() / ".cache" / "trilobe" / "features"
+
+
+def test_lower_layers(encoder: HuggingFace, tmp_path: Path) -> None:
+    """Fewer layers say something else, and what they say is kept apart."""
+    low = HuggingFace(encoder.name, encoder.cache, layers=2)
+    assert low.words(TEXTS[:1])[0].shape == encoder.words(TEXTS[:1])[0].shape
+    assert not np.allclose(low.words(TEXTS[:1])[0], encoder.words(TEXTS[:1])[0], atol=0.05)
+    fresh = HuggingFace(encoder.name, tmp_path / "fresh", layers=2)
+    np.testing.assert_array_equal(fresh.words(TEXTS[:1])[0], low.words(TEXTS[:1])[0])
+    assert low._model[1].config.num_hidden_layers == 2

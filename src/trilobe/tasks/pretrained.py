@@ -36,10 +36,13 @@ class HuggingFace:
         name: a folder, or a model's name on the Hugging Face hub. The network is used only for a name that is not yet
             in Hugging Face's own cache.
         cache: where features are kept; ``trilobe/features`` in the user's cache folder where None.
+        layers: how many of its layers are used; 0: all. What words are names of is said best by lower ones, and those
+            are sooner done (``benchmarks/query-entities``).
     """
 
     name: str
     cache: Path | None = None
+    layers: int = 0
 
     @cached_property
     def folder(self) -> Path:
@@ -117,7 +120,7 @@ class HuggingFace:
         return np.concatenate(found) if found else np.zeros((0, self.size), dtype=np.float32)
 
     def _key(self, rule: str, text: str, offsets: Any) -> str:
-        said = repr((self.digest, rule, text, offsets))
+        said = repr((self.digest, rule, text, offsets, *([self.layers] if self.layers else [])))
         return hashlib.sha256(said.encode("utf-8", "backslashreplace")).hexdigest()
 
     def _remembered(
@@ -189,10 +192,13 @@ class HuggingFace:
     def _model(self) -> tuple[Any, Any, int]:
         """The tokenizer, the network, and how many word pieces it takes at once."""
         transformers = _transformers()
+        cut = {"num_hidden_layers": self.layers} if self.layers else {}
         with _quiet(transformers):
             try:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-                model = transformers.AutoModel.from_pretrained(self.folder, local_files_only=True, use_safetensors=True)
+                model = transformers.AutoModel.from_pretrained(
+                    self.folder, local_files_only=True, use_safetensors=True, **cut
+                )
             except (OSError, ValueError, KeyError) as e:
                 raise NotFoundError(
                     f"{self.folder} holds no encoder that can be loaded: {str(e).splitlines()[0]}",

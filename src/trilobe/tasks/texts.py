@@ -77,8 +77,13 @@ def preprocessing(texts: Sequence[str], config: Config) -> dict[str, Any]:
         raise UsageError("no texts to choose a preprocessing from", expected="at least one", hint="trilobe add FILE")
     spec = choose_preprocessing(texts) | {"max_tokens": config.text.max_tokens}
     if config.text.encoder != "words":
-        encoder = _encoder(config.text.encoder)
-        spec |= {"encoder": config.text.encoder, "encoder_digest": encoder.digest, "encoder_size": encoder.size}
+        encoder = _encoder(config.text.encoder, config.text.layers)
+        spec |= {
+            "encoder": config.text.encoder,
+            "encoder_layers": config.text.layers,
+            "encoder_digest": encoder.digest,
+            "encoder_size": encoder.size,
+        }
     return spec
 
 
@@ -95,7 +100,7 @@ def encode(texts: Sequence[str], spec: Mapping[str, Any], cut: bool = False) -> 
     """
     rows = ids(texts, spec)
     if name := spec.get("encoder"):
-        encoder = _encoder(str(name))
+        encoder = _encoder(str(name), int(spec.get("encoder_layers", 0)))
         if encoder.digest != spec["encoder_digest"]:
             raise BundleError(
                 f"the encoder {name!r} is another one now (SHA-256 {encoder.digest[:12]}...)",
@@ -119,10 +124,10 @@ def kept(n: int, most: int) -> NDArray[np.intp]:
 
 
 @cache
-def _encoder(name: str) -> "HuggingFace":
+def _encoder(name: str, layers: int) -> "HuggingFace":
     from trilobe.tasks.pretrained import HuggingFace
 
-    return HuggingFace(name)
+    return HuggingFace(name, layers=layers)
 
 
 def bag(X: FloatArray) -> FloatArray:

@@ -392,7 +392,8 @@ def _draw(data: ReportData) -> dict[str, Any]:
         lowest = min(min(line.y) for line in lines)
         drawn["curve"] = charts.line_chart(
             lines, title="Accuracy on held-out examples against number of answers", x_label="answers from people",
-            y_label=f"{q.right} on held-out examples", y_range=(min(0.9, np.floor(10 * lowest) / 10), 1.0), target=q.target,
+            y_label=f"{q.right} on held-out examples", y_range=(min(0.9, np.floor(10 * lowest) / 10), 1.0),
+            target=q.target,
         )  # fmt: skip
     if data.answers and data.answers.annotators:
         pairs = [(a.quality, a.true_quality) for a in data.answers.annotators]
