@@ -19,7 +19,7 @@ _NOUNS = {
 }
 _VERBS = {
     *("init", "add", "query", "label", "aggregate", "train", "evaluate", "check", "package", "serve", "monitor"),
-    *("explain", "run", "report", "show", "export"),
+    *("explain", "plan", "run", "report", "show", "export"),
 }
 
 __all__ = sorted({"TrilobeError", "__version__", "demo", *_NOUNS, *_VERBS})

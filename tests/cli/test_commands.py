@@ -273,12 +273,12 @@ def test_an_alarm_is_3(trilobe, trained, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_ctrl_c_says_that_nothing_is_lost(trilobe, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trilobe.loop import asking
+    from trilobe.loop import choosing
 
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(asking, "select", interrupted)
+    monkeypatch.setattr(choosing, "select", interrupted)
     said = trilobe("query", "-p", tiny.folder)
     assert said.code == 130 and "what was acknowledged is kept" in said.err
 

@@ -117,7 +117,7 @@ def test_one_attack_size_has_one_name() -> None:
 @pytest.mark.parametrize(
     ("gates", "says"),
     [
-        ({"acuracy": 0.9}, "'acuracy'; expected one of: accuracy, ece, .*\n.*did you mean 'accuracy'"),
+        ({"acuracy": 0.9}, "'acuracy'; expected one of: accuracy, f1, .*\n.*did you mean 'accuracy'"),
         ({"robust_acc@0.05": 0.9}, "did you mean 'robust_accuracy@0.05'"),
         ({"robust_accuracy": 0.9}, "robust_accuracy@<eps>"),
         ({"robust_accuracy@high": 0.9}, "unknown check 'robust_accuracy@high'"),

@@ -1,7 +1,7 @@
 """``query`` and ``label``: questions go out, answers come in."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,10 +88,13 @@ def _ask_new(
         picks = from_pool(p, n, strategy, seed, partial or p.config.query.partial)
     if each > (n_people := len(people or p.config.query.annotators) or 1):
         tell(f"each question is asked of {n_people}, not of {each}: name the people in query.annotators")
+    said: dict[str, set[str]] = {}
+    for a in p.store.answers(example_ids=[pick.example.id for pick in picks]):
+        said.setdefault(a.example_id, set()).add(a.annotator)
     questions = []
     for pick in picks:
         id_ = digest("question", pick.example.id, round_)[:16]
-        who = people or _assign(p, id_, each)
+        who = people or _assign(p, id_, each, said.get(pick.example.id, set()))
         questions.append(
             Question(
                 id_, pick.example.id, pick.choices, pick.strategy, pick.score, pick.reason, round_, who, time.time()
@@ -101,10 +104,11 @@ def _ask_new(
     return questions
 
 
-def _assign(p: Project, question_id: str, each: int) -> tuple[str, ...]:
+def _assign(p: Project, question_id: str, each: int, said: Set[str]) -> tuple[str, ...]:
+    """Who is asked: at random, those who have already ``said`` something about the example last."""
     names = p.config.query.annotators
     order = np.random.default_rng(seed_of(p.seed, "assign", question_id)).permutation(len(names))
-    return tuple(names[i] for i in order[:each])
+    return tuple(sorted((names[i] for i in order), key=lambda name: name in said)[:each])
 
 
 def label(

@@ -7,7 +7,7 @@ was held out for testing, so is the model.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from trilobe.data.trees import confusion_points, tree
 from trilobe.errors import NotEnoughData, UsageError
 from trilobe.loop.believing import believed
 from trilobe.loop.project import Project, tell
-from trilobe.types import BoolArray, Example, Finding, FloatArray, LabelSpace, Model, Question
+from trilobe.types import Belief, BoolArray, Example, Finding, FloatArray, LabelSpace, Model, Question
 
 Strategy = str | Callable[[FloatArray], FloatArray]
 CONTROL = "control.v1"
@@ -169,7 +169,8 @@ def _partial(p: Project, model: Model, rest: list[Example], n: int, seed: int) -
     doubted = [e for e in p.store.examples(ids=list(known)) if known[e.id].proba.max() < SURE and e.id not in certain]
     new = p.predict(model, p.encode(rest)) if rest else np.empty((0, len(p.space)))
     proba = np.concatenate([new, *[known[e.id].proba[None] for e in doubted]])
-    possible = np.concatenate([np.ones(new.shape, bool), *[known[e.id].possible[None] for e in doubted]])
+    left = _left(p, known) if doubted else {}
+    possible = np.concatenate([np.ones(new.shape, bool), *[left[e.id][None] for e in doubted]])
     candidates = [*rest, *doubted]
     names, sets = _questions(p, proba)
     seconds = {**measured_seconds(p.store.answers(), p.store.questions()), **p.config.query.seconds}
@@ -177,6 +178,19 @@ def _partial(p: Project, model: Model, rest: list[Example], n: int, seed: int) -
     if asked is None or not len(asked.index):
         raise NotEnoughData("every example of the pool is known", hint="trilobe add FOLDER")
     return [_pick(p, candidates[i], names, proba[i], asked, at) for at, i in enumerate(asked.index)]
+
+
+def _left(p: Project, known: Mapping[str, Belief]) -> dict[str, BoolArray]:
+    """What may still be asked of answered examples: with several people all that is believed possible.
+
+    A single one who is asked the same again will answer the same, so there what was answered counts as settled.
+    """
+    left = {id_: b.possible for id_, b in known.items()}
+    if len(p.config.query.annotators) < 2:
+        for a in p.store.answers(example_ids=list(known)):
+            narrowed = left[a.example_id] & p.possible(a.response, a.example_id)
+            left[a.example_id] = narrowed if narrowed.any() else left[a.example_id]
+    return left
 
 
 def _questions(p: Project, proba: FloatArray) -> tuple[list[str], BoolArray]:

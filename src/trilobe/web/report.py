@@ -35,11 +35,11 @@ MOST_CLASSES = 20  # a larger confusion matrix is not readable as a table
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A small image (a ``data:`` URI of a PNG, JPEG, WebP or GIF) with a few words under it.
+    """A small image (a ``data:`` URI of a PNG, SVG, JPEG, WebP or GIF) with a few words under it.
 
     >>> Picture("https://example.org/cat.png")
     Traceback (most recent call last):
-    trilobe.errors.UsageError: an image that is 'https://example.org/cat.png'; expected a data URI of a PNG, JPEG, ...
+    trilobe.errors.UsageError: an image that is 'https://example.org/cat.png'; expected a data URI of an image (png_uri)
     """
 
     image: str
