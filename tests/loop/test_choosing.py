@@ -90,11 +90,23 @@ def test_yes_or_no_questions(trained: Any) -> None:
     assert loop.label(person, trained.folder).new == 6
     loop.train(trained.folder)
     again = loop.query(trained.folder, n=60, partial=True)
-    assert {q.example_id for q in again} & {q.example_id for q in asked}, "what is still in doubt is asked again"
     with loop.opened(trained.folder) as p:
         for q in again:
             for before in [x for x in p.store.questions() if x.example_id == q.example_id and x.id != q.id]:
                 assert before.choices != q.choices or not q.choices, "never the same question twice"
+
+
+def test_what_is_in_doubt_is_asked_again_of_somebody_else(trained: Any) -> None:
+    trained.set("query", "annotators", '["ann", "bob"]')
+    trained.set("query", "seconds", "{full = 9.0, partial = 1.0}")
+    asked = {q.example_id: q for q in loop.query(trained.folder, n=6, partial=True)}
+    loop.label(lambda q, e, who: (Response("one_of" if trained.truth[e.id] in q.choices else "not", q.choices), 1.0),
+               trained.folder)  # fmt: skip
+    loop.train(trained.folder)
+    again = [q for q in loop.query(trained.folder, n=60, partial=True) if q.example_id in asked]
+    assert again, "one answer of somebody who may err leaves doubt"
+    for q in again:
+        assert set(q.assignees).isdisjoint(asked[q.example_id].assignees)
 
 
 def test_full_questions_win_where_they_cost_no_more(trained: Any) -> None:

@@ -23,6 +23,7 @@ from trilobe.types import Belief, BoolArray, Example, Finding, FloatArray, Label
 
 Strategy = str | Callable[[FloatArray], FloatArray]
 CONTROL = "control.v1"
+COVERING = ("random", "typical", "k_center", "badge", "facility_location")  # they ask for other reasons than doubt
 SURE = 0.99  # probability from which an answered example is not asked about again
 
 
@@ -144,7 +145,7 @@ def _chosen(p: Project, model: Model | None, rest: list[Example], wanted: Strate
 
 def _reasons(p: Project, chosen: Selection, proba: FloatArray | None) -> list[str]:
     """Why each was chosen: between which classes the model is torn, where that is why."""
-    if proba is None or chosen.strategy in ("random.v1", "typical.v1"):
+    if proba is None or chosen.strategy.partition(".")[0] in COVERING:
         return [chosen.reason] * len(chosen.index)
     names = p.task.watched_space(p.space).names
     return [f"{chosen.reason}: {torn(row, names)}" for row in p.task.watched(proba[chosen.index], p.space)]
