@@ -137,7 +137,7 @@ def facility_location(
 ) -> IntArray:
     """A batch that stands for the doubtful part of the pool: greedy maximum of Σ_i w_i max_{j in batch} s(i, j).
 
-    Example i votes with its doubt w_i for the member of the batch that is most like it, s(i, j) = exp(-|x_i - x_j|² /
+    Example i votes with its doubt w_i for the member of the batch that is most like it, s(i, j) = exp(-‖x_i - x_j‖² /
     scale). The sum is submodular, so greedy choice reaches 1 - 1/e of the best possible batch (Nemhauser et al. 1978),
     and it is evaluated lazily (Minoux 1978). Uncertainty and coverage are one objective here; Wei, Iyer and Bilmes
     (2015) filter by the one and then maximize the other. The scale is the distance within which each of ``n`` choices
@@ -267,7 +267,7 @@ class _Nearest:
 
 
 def _to_nearest(rows: Factors, centers: Factors) -> FloatArray:
-    """|x|² + |c|² - 2 <x, c> for the nearest c, ``(len(rows),)``, at least 0."""
+    """‖x‖² + ‖c‖² - 2 <x, c> for the nearest c, ``(len(rows),)``, at least 0."""
     inner = rows[0] @ centers[0].T
     for f, c in zip(rows[1:], centers[1:], strict=True):
         inner *= f @ c.T

@@ -2,12 +2,12 @@
 
 Two rows x and y of features are nearly identical when
 
-    2 <x - c, y - c>  ≥  threshold · (|x - c|² + |y - c|²)                                                        (1)
+    2 <x - c, y - c>  ≥  threshold · (‖x - c‖² + ‖y - c‖²)                                                        (1)
 
 with c the middle of all: their cosine, seen from the middle, and with their lengths compared too. It is at most the
 cosine, it is 1 only for equal rows, and it does not mistake what all examples have in common (a white page, a fixed
-camera, the positive mean of a network's features) for likeness. In distances, (1) reads |x - y|² ≤ (1 - threshold)
-(|x - c|² + |y - c|²): at 0.98 nearly identical rows lie seven times closer than any two rows do on average.
+camera, the positive mean of a network's features) for likeness. In distances, (1) reads ‖x - y‖² ≤ (1 - threshold)
+(‖x - c‖² + ‖y - c‖²): at 0.98 nearly identical rows lie seven times closer than any two rows do on average.
 
 Pairs are found by random hyperplanes (SimHash, Charikar 2002: two rows fall on the same side of one with probability
 1 - angle/π) and then tested exactly, so a row is never called a duplicate wrongly. How many tables of hyperplanes it

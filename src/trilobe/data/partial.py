@@ -12,7 +12,7 @@ A strategy chooses an example and a question about it. What it does not score, i
 =================  ==========================  =============================  ===============================
 strategy           example                     question                       in the paper
 =================  ==========================  =============================  ===============================
-``closing``        the best question decides   gain of information over the  (ours, the default)
+``closing``        the best question decides   gain of information over the   (ours, the default)
                                                root of the classes remaining
 ``eig``            the best question decides   largest gain of information    ALPF-EIG
 ``erc``            the best question decides   fewest classes remaining       ALPF-ERC
