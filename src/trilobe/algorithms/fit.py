@@ -7,9 +7,10 @@ module has them: ``loss(x, likelihood, bootstrap)``, a loss of its own (a tagger
 :mod:`trilobe.rows`): a batch is filled up with zeros, its beliefs with ones.
 """
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from trilobe.files import write_atomically
 from trilobe.rows import apply, as_rows, flat, is_ragged, lengths, pad
 from trilobe.types import FloatArray
 
+SMALL = 1024  # numbers an example, up to which training uses one thread
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 Progress = Callable[[int, int, float], None]
 
@@ -138,7 +140,7 @@ def fit(
     state = _Resumable(module, optimizer, plan.seed, (x, target), run, checkpoint)
     generator, order, losses = state.generator, state.order, []
     module.train()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _few_threads(x):
         torch.manual_seed(plan.seed)  # for dropout inside the module
         start, batches = state.restore(schedule), -(-len(x) // plan.batch_size)
         for step in range(start, total):
@@ -300,6 +302,18 @@ def _checked(X: FloatArray, likelihood: FloatArray) -> tuple[_Batches, _Batches]
         raise TrainingError("a belief that is negative, or zero for every class", expected="a class left possible")
     ratios = apply(lambda row: row / row.max(axis=-1, keepdims=True), likelihood)  # only ratios count
     return _Batches(X, 0.0), _Batches(ratios, 1.0)
+
+
+@contextlib.contextmanager
+def _few_threads(x: _Batches) -> Iterator[None]:
+    """One thread for small examples: two wait for each other longer than they work, five times so on a busy machine."""
+    before = torch.get_num_threads()
+    if np.size(x.rows[0]) <= SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _shuffled(x: _Batches, batch_size: int, generator: torch.Generator) -> Tensor:
