@@ -34,6 +34,13 @@ def data(name: str) -> Path:
     return Path(os.environ.get("TRILOBE_DATA", "data")) / name
 
 
+def needed(*names: str) -> None:
+    """End with a clear word where a data set is absent: what is needed, and how it is found."""
+    if absent := [n for n in names if not data(n).exists()]:
+        print(f"not run: no {', '.join(absent)} in {data('').resolve()}; TRILOBE_DATA names the folder of data sets")
+        sys.exit(0)
+
+
 def find_peer(module: str, given: Sequence[str], package: str = "") -> tuple[str, str]:
     """The first interpreter that can import ``module``, and the version of its package; ("", "") where none can."""
     more = [p for p in os.environ.get("TRILOBE_PEER_PYTHON", "").split(os.pathsep) if p]

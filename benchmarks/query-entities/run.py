@@ -388,6 +388,7 @@ def verdict(figures: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     chosen = common.arguments(__doc__)
+    common.needed("conll2003")
     torch.set_num_threads(1)
     setting = QUICK if chosen.quick else Setting()
     kept, loaded = benchmark_cache(), dict[str, Any]()

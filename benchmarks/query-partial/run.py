@@ -331,6 +331,7 @@ def draw(name: str, figures: dict[str, Any]) -> None:
 
 def main() -> None:
     chosen = common.arguments(__doc__)
+    common.needed(*(["trec"] if chosen.quick else ["trec", "fashion_mnist", "cifar10", "omniglot", "gtsrb"]))
     names = ["TREC"] if chosen.quick else list(NAMED)
     n, few = (1200, ("closing", "eig", "search", "uniform")) if chosen.quick else (POOL, (*ARMS[:3], *ARMS[-2:]))
     jobs = [(names, ARMS, range(3)), (names, EXTRA, range(3)), (["GTSRB"], few, range(3))]
