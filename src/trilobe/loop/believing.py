@@ -11,7 +11,7 @@ from trilobe.data.beliefs import AnswerTable, DawidSkene, log_likelihood, majori
 from trilobe.errors import NotEnoughData, UsageError
 from trilobe.loop.project import Project, opened, tell
 from trilobe.rows import as_rows, flat
-from trilobe.types import GOLD, Belief, FloatArray, Model
+from trilobe.types import GOLD, Answer, Belief, FloatArray, Model
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,7 @@ def aggregate(project: "Project | Path | str" = ".", method: str = "") -> Aggreg
     """
     with opened(project) as p:
         method = method or p.config.aggregate.method
-        pool = {e.id for e in p.store.examples("pool")}
-        said = [a for a in p.store.answers() if a.example_id in pool]
-        if not said:
-            raise NotEnoughData("there are no answers yet", hint="trilobe query, then trilobe label")
-        table = AnswerTable.from_answers(said, p.space, lambda a: p.possible(a.response, a.example_id))
+        said, table = _answers(p)
         beliefs, quality = _believe(p, table, method)
         blob = p.store.blobs.put(pack_beliefs(beliefs))
         people = []
@@ -60,6 +56,15 @@ def aggregate(project: "Project | Path | str" = ".", method: str = "") -> Aggreg
         result = Aggregated(len(beliefs), len(said), method, tuple(people), blob)
         p.store.record("aggregate", vars(result))
         return result
+
+
+def _answers(p: Project) -> tuple[list[Answer], AnswerTable]:
+    """The current answers on the pool, and as a table."""
+    pool = {e.id for e in p.store.examples("pool")}
+    said = [a for a in p.store.answers() if a.example_id in pool]
+    if not said:
+        raise NotEnoughData("there are no answers yet", hint="trilobe query, then trilobe label")
+    return said, AnswerTable.from_answers(said, p.space, lambda a: p.possible(a.response, a.example_id))
 
 
 def _believe(p: Project, table: AnswerTable, method: str) -> tuple[list[Belief], FloatArray]:
@@ -81,9 +86,7 @@ def _believe(p: Project, table: AnswerTable, method: str) -> tuple[list[Belief],
 
 def believed(p: Project, model: Model) -> list[Belief]:
     """What is believed of every answered example now, with the model's own opinion as the prior."""
-    pool = {e.id for e in p.store.examples("pool")}
-    said = [a for a in p.store.answers() if a.example_id in pool]
-    table = AnswerTable.from_answers(said, p.space, lambda a: p.possible(a.response, a.example_id))
+    _, table = _answers(p)
     beliefs, _ = _believe(p, table, p.config.aggregate.method)
     prior = _model_prior(p, table, model)
     if prior is None or table.sequence:
