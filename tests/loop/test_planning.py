@@ -8,6 +8,7 @@ import pytest
 from trilobe import loop
 from trilobe.errors import NotEnoughData, NotFoundError, UsageError
 from trilobe.loop import planning
+from trilobe.loop.choosing import _random_order
 from trilobe.loop.planning import compare, notice
 
 
@@ -20,6 +21,21 @@ def test_a_plan_from_answers_that_came_at_once(tiny: Any, tmp_path: Any) -> None
     assert plan.needed.low <= plan.needed.figure <= plan.needed.high and "0.9" in plan.needed.sentence
     assert plan.gain.low >= 0 and "answers would raise the score" in plan.gain.sentence
     assert plan.choosing is None and "left to chance" in plan.why
+
+
+def test_rounds_graded_on_the_control_arm_are_one_curve(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a test part: the arm grows from round to round, and its points still compare."""
+    monkeypatch.setattr("trilobe.loop.learning.ENOUGH", 2)
+    monkeypatch.setattr("trilobe.loop.project.Project.truth", lambda self, split="test": ([], []))
+    trained.set("query", "control", "0.9")
+    for _ in range(3):
+        loop.query(trained.folder, n=12)
+        loop.label(trained.answer, trained.folder)
+        loop.train(trained.folder)
+        loop.evaluate(trained.folder)
+    with loop.opened(trained.folder) as p:
+        kept = [c for c in p.store.journal("curve/").values() if c["on"] == planning._newest_yardstick(p)]
+        assert [c["answers"] for c in kept] == [33, 45, 57] and kept[-1]["n"] > kept[0]["n"]
 
 
 def test_the_rounds_are_the_curve(trained: Any) -> None:
@@ -50,7 +66,7 @@ def test_random_is_better_here(trained: Any, monkeypatch: pytest.MonkeyPatch) ->
     trained.set("query", "switch", "true")
     with loop.opened(trained.folder) as p:
         bars = [e for e in p.store.examples("pool") if trained.truth[e.id] == "bar"]
-        order = planning.control_ids.__globals__["_random_order"](p, p.store.examples("pool"))[:20]
+        order = _random_order(p, p.store.examples("pool"))[:20]
         p.store.record("control", 20)
         asked = {e.id: e for e in [*order, *bars]}
     rows = [f"{id_},ann,{trained.truth[id_]}" for id_ in asked]

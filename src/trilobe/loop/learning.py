@@ -212,6 +212,6 @@ def held_out(p: Project, model: Model, fair: bool = True) -> tuple[FloatArray, N
     kept = p.store.recorded(f"out_of_fold/{model.id}")
     beliefs = {b.example_id: b for b in unpack_beliefs(p.store.blobs.get(model.origin["beliefs"]))}
     chance = [id_ for id_ in control_ids(p) if id_ in kept] if fair else []
-    used, of = (chance, f"{len(chance)} picked at random") if len(chance) >= ENOUGH else (list(kept), "no test part")
+    used, of = (chance, "examples picked at random") if len(chance) >= ENOUGH else (list(kept), "no test part")
     truth = as_rows([beliefs[id_].proba.argmax(axis=-1) for id_ in used])
     return as_rows([np.array(kept[id_]) for id_ in used]), truth, f"out-of-fold predictions against beliefs ({of})"

@@ -20,7 +20,7 @@ from trilobe.errors import NotEnoughData, UsageError
 from trilobe.loop.believing import unpack_beliefs
 from trilobe.loop.choosing import control_ids
 from trilobe.loop.learning import examples_of, plan_of
-from trilobe.loop.project import Project, digest, opened, seed_of, tell
+from trilobe.loop.project import Project, calibrated, digest, opened, seed_of, tell
 from trilobe.rows import as_rows
 from trilobe.types import Belief, FloatArray, Model
 
@@ -102,10 +102,9 @@ def curve_points(p: Project, model: Model) -> list[dict[str, float]]:
     out = []
     for at, size in enumerate(sizes):
         tell("training on parts of the answers", at, len(sizes))
-        right = _right(p, order[:size], yard, seed_of(p.seed, "curve"))
-        half = 1.96 * float(np.sqrt(max(right.mean() * (1 - right.mean()), 0.25 / len(right)) / len(right)))
-        mean = float(right.mean())
-        out.append({"answers": float(size), "accuracy": mean, "low": mean - half, "high": mean + half})
+        proba = calibrated(_predicted(p, order[:size], yard, seed_of(p.seed, "curve")), 1.0)
+        score = p.task.measure(proba, yard.labels, p.space)[0]
+        out.append({"answers": float(size), "accuracy": score.figure, "low": score.low, "high": score.high})
     tell("training on parts of the answers", len(sizes), len(sizes))
     return out
 
@@ -232,12 +231,17 @@ def _left_out(p: Project, name: str, arm: Sequence[Belief], yard: _Yardstick) ->
 
 def _right(p: Project, beliefs: Sequence[Belief], yard: _Yardstick, seed: int) -> NDArray[np.bool_]:
     """Whether a network trained on ``beliefs`` alone is right on each example (of texts with tags: on all of it)."""
+    return _agree(_predicted(p, beliefs, yard, seed), yard.labels)
+
+
+def _predicted(p: Project, beliefs: Sequence[Belief], yard: _Yardstick, seed: int) -> FloatArray:
+    """The logits on the yardstick of a network trained on ``beliefs`` alone."""
     from trilobe.algorithms.fit import fit, predict_logits
 
     module = p.task.network(p.preprocessing(), p.space, p.config.train.width, seed)
     likelihood = as_rows([b.likelihood for b in beliefs])
     fit(module, p.encode(examples_of(p, beliefs)), likelihood, plan_of(p, seed), p.task.augment(p.config))
-    return _agree(predict_logits(module, yard.X), yard.labels)
+    return predict_logits(module, yard.X)
 
 
 def _score(p: Project, model: Model, yard: _Yardstick) -> NDArray[np.bool_]:
