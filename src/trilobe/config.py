@@ -21,6 +21,7 @@ Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Positive = Annotated[float, Meta(gt=0.0, le=1e9)]
 Count = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\Z")]
 
 
@@ -109,13 +110,46 @@ class CheckSection(Section, frozen=True):
     gates: dict[str, float] = field(default_factory=lambda: {"parity": 1e-4})
 
 
+class StepSection(Section, frozen=True):
+    """``[serve.pipelines.NAME.steps.STEP]``: what runs (a model served here, or a function), and what it reads."""
+
+    model: str = ""
+    run: str = ""  # "package.module:function", declared with trilobe.infrastructure.serve.function
+    inputs: dict[str, str] = field(default_factory=dict)  # its input = an input of the pipeline, or "step.output"
+
+
+class PipelineSection(Section, frozen=True):
+    """``[serve.pipelines.NAME]``: several models behind one name, as a graph of steps or as a Python function."""
+
+    flow: str = ""  # "package.module:function", declared with trilobe.infrastructure.serve.flow; then nothing else
+    inputs: dict[str, str] = field(default_factory=dict)  # {photo = "BYTES[-1]"}
+    outputs: dict[str, str] = field(default_factory=dict)  # {kind = "classify.proba"}
+    steps: dict[str, StepSection] = field(default_factory=dict)
+
+
 class ServeSection(Section, frozen=True):
     """``[serve]``"""
 
     host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535)] = 0  # 0: any free one
+    port: Port = 0  # 0: any free one
+    grpc: bool = False  # gRPC as well (extra "grpc")
+    grpc_port: Port = 0  # 0: any free one
     capture: Share = 1.0  # share of the traffic that is kept
     max_body: Count = 16 * 1024 * 1024
+    workers: Count = 1  # processes
+    threads: Natural = 0  # computations beside each other; 0: one for each core
+    max_batch: Count = 64  # rows that are computed together
+    max_pending: Count = 1024  # requests that may wait for one model
+    delay: Annotated[float, Meta(ge=0.0, le=10.0)] = 0.0  # seconds a request may be held for others to join it
+    limit: Positive = 30.0  # seconds one batch may take
+    max_memory: Natural = 0  # MB of one of several workers, before another takes its place; 0: any
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""  # whoever signs the certificates of clients; empty: they need none
+    open: bool = False  # serve other machines without tokens
+    repository: str = ""  # a folder of bundles that clients with the right to may load by name
+    models: dict[str, str] = field(default_factory=dict)  # more models beside the endpoint's own: name = bundle
+    pipelines: dict[str, PipelineSection] = field(default_factory=dict)
 
 
 class MonitorSection(Section, frozen=True):

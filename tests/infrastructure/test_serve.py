@@ -15,21 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 
-from trilobe.errors import BundleError, DataError, NotFoundError, ServeError
+from trilobe.errors import BundleError, NotFoundError, ServeError
 from trilobe.infrastructure import endpoint
 from trilobe.infrastructure.bundle import REQUIRED_FILES, write_bundle
 from trilobe.infrastructure.capture import read_captures
-from trilobe.infrastructure.pipeline import DATATYPES, TensorSpec
-from trilobe.infrastructure.serve import Call, bind, decompress, encode_response, parse_request
+from trilobe.infrastructure.serve import bind
 
 SCRIPT = """
 import json, sys, time
@@ -151,7 +146,7 @@ INFER = "/v2/models/colors/infer"
 def test_every_get_path(served: endpoint.Endpoint) -> None:
     version = served.bundle_id
     status, _, server = call(served.url, "GET", "/v2")
-    assert status == 200 and server["name"] == "trilobe" and server["extensions"] == ["binary_tensor_data"]
+    assert status == 200 and server["name"] == "trilobe" and "binary_tensor_data" in server["extensions"]
     assert server["version"]
     assert call(served.url, "GET", "/v2/health/live")[::2] == (200, {"live": True})
     assert call(served.url, "GET", "/v2/health/ready")[::2] == (200, {"ready": True})
@@ -167,7 +162,7 @@ def test_every_get_path(served: endpoint.Endpoint) -> None:
             },
         )
         assert call(served.url, "GET", f"{base}/ready")[0] == 200
-        stats = call(served.url, "GET", f"{base}/stats")[2]
+        (stats,) = call(served.url, "GET", f"{base}/stats")[2]["model_stats"]
         assert stats["version"] == version and set(stats["steps"]) == {"to_float", "model"}
         assert all(step["count"] >= 1 and step["ns"] > 0 for step in stats["steps"].values())
 
@@ -278,7 +273,7 @@ def test_wrong_paths_and_methods(served: endpoint.Endpoint, status: int, method:
     found, headers, answer = call(served.url, method, path)
     assert found == status and answer["error"]
     if status == 405:
-        assert headers["allow"] == ("POST" if path.endswith("infer") else "GET")
+        assert headers["allow"] == ("POST" if path.endswith("infer") else "GET, HEAD")
 
 
 BAD = {
@@ -331,7 +326,6 @@ BAD = {
     "unknown output": {"inputs": [image_tensor()], "outputs": [{"name": "nope"}]},
     "an output twice": {"inputs": [image_tensor()], "outputs": [{"name": "proba"}] * 2},
     "output without name": {"inputs": [image_tensor()], "outputs": [{}]},
-    "classification": {"inputs": [image_tensor()], "outputs": [{"name": "proba", "parameters": {"classification": 1}}]},
     "binary_data": {"inputs": [image_tensor()], "outputs": [{"name": "proba", "parameters": {"binary_data": "yes"}}]},
     "binary_data_output": {"inputs": [image_tensor()], "parameters": {"binary_data_output": 1}},
     "binary without bytes": {"inputs": [image_tensor(data=None, parameters={"binary_data_size": 180})]},
@@ -394,11 +388,11 @@ def test_oversized_bodies_are_refused_before_they_are_read(served: endpoint.Endp
     connection.close()
 
 
-def test_a_body_needs_a_length(served: endpoint.Endpoint) -> None:
+def test_without_a_length_there_is_no_body(served: endpoint.Endpoint) -> None:
     host, port = served.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as raw:
         raw.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        assert raw.recv(4096).startswith(b"HTTP/1.1 411 ")
+        assert raw.recv(4096).startswith(b"HTTP/1.1 400 "), "an empty body is no request for inference"
 
 
 def test_clients_that_leave_half_way_harm_nobody(served: endpoint.Endpoint) -> None:
@@ -407,102 +401,6 @@ def test_clients_that_leave_half_way_harm_nobody(served: endpoint.Endpoint) -> N
         with socket.create_connection((host, int(port)), timeout=10) as raw:
             raw.sendall(text.encode())
     assert call(served.url, "GET", "/v2/health/ready")[0] == 200
-
-
-# --- the codec, alone -----------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(datatype=st.sampled_from(sorted(DATATYPES)), data=st.data())
-def test_any_tensor_survives_both_codecs(datatype: str, data: st.DataObject) -> None:
-    """What encode_response writes, parse_request reads back bit for bit, as JSON and as bytes."""
-    shape = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
-    dtype = DATATYPES[datatype]
-    finite: Any = {"allow_nan": False, "allow_infinity": False} if dtype.kind == "f" else None
-    elements = st.text(max_size=4).map(str.encode) if datatype == "BYTES" else finite
-    array = data.draw(hnp.arrays(dtype, shape, elements=elements))
-    spec = TensorSpec("t", datatype, (-1,) * len(shape))
-    for binary in (False, True):
-        headers, body = encode_response(Call("é", {}, (("t", binary),)), {"t": array}, [spec], "m", "v")
-        head = body[: int(headers.get("inference-header-content-length", len(body)))]
-        answer = msgspec.json.decode(head)
-        request = msgspec.json.encode({"id": answer["id"], "inputs": answer["outputs"]})
-        length = {"inference-header-content-length": str(len(request))} if binary else {}
-        found = parse_request(request + body[len(head) :], length, [spec], [spec])
-        assert found.id == "é" and found.inputs["t"].dtype == dtype and found.inputs["t"].flags.aligned
-        assert found.inputs["t"].shape == array.shape
-        same = found.inputs["t"].tolist() == array.tolist() if datatype == "BYTES" else None
-        assert same or found.inputs["t"].tobytes() == array.tobytes()
-
-
-def test_bytes_that_are_no_text_go_out_as_bytes_only() -> None:
-    array, spec = np.array([b"\xff"], dtype=object), TensorSpec("t", "BYTES", (-1,))
-    assert encode_response(Call(None, {}, (("t", True),)), {"t": array}, [spec], "m", "v")[1].endswith(b"\1\0\0\0\xff")
-    with pytest.raises(DataError, match="no text; expected binary_data: true"):
-        encode_response(Call(None, {}, (("t", False),)), {"t": array}, [spec], "m", "v")
-
-
-@pytest.mark.parametrize("sent", [b"", b"\2\0\0\0a", b"\1\0\0\0a\0", b"\xff\xff\xff\xff"])
-def test_strings_that_do_not_fill_their_bytes(sent: bytes) -> None:
-    tensor = {"name": "t", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": len(sent)}}
-    head, spec = msgspec.json.encode({"inputs": [tensor]}), TensorSpec("t", "BYTES", (-1,))
-    with pytest.raises(DataError, match="'t' has"):
-        parse_request(head + sent, {"inference-header-content-length": str(len(head))}, [spec], [spec])
-
-
-@settings(max_examples=200, deadline=None)
-@given(body=st.binary(max_size=60), length=st.none() | st.integers(-1, 70).map(str))
-def test_no_bytes_do_anything_but_parse_or_be_refused(body: bytes, length: str | None) -> None:
-    headers = {} if length is None else {"inference-header-content-length": length}
-    spec = TensorSpec("t", "FP32", (-1, 2))
-    try:
-        found = parse_request(body, headers, [spec], [spec])
-    except DataError as error:
-        assert error.problem
-    else:
-        assert found.inputs["t"].tobytes() == body
-
-
-@pytest.mark.parametrize("value", ["1e39", "-1e39", "1e999", "NaN", "Infinity"])
-def test_floats_must_be_finite(value: str) -> None:
-    spec = TensorSpec("t", "FP32", (-1,))
-    tensor = f'{{"inputs": [{{"name": "t", "shape": [1], "datatype": "FP32", "data": [{value}]}}]}}'
-    with pytest.raises(DataError):
-        parse_request(tensor.encode(), {}, [spec], [spec])
-    head = b'{"inputs":[{"name":"t","shape":[1],"datatype":"FP32","parameters":{"binary_data_size":4}}]}'
-    with pytest.raises(DataError, match="not finite"):
-        body = head + np.array([np.nan], "<f4").tobytes()
-        parse_request(body, {"inference-header-content-length": str(len(head))}, [spec], [spec])
-
-
-def test_a_raw_body_is_a_batch_of_one() -> None:
-    out = TensorSpec("y", "FP32", (-1,))
-    item = np.arange(6, dtype="<f4")
-    for shape in ((-1, 2, 3), (-1, -1, 3), (1, 6)):
-        found = parse_request(
-            item.tobytes(), {"inference-header-content-length": "0"}, [TensorSpec("x", "FP32", shape)], [out]
-        )
-        assert found.outputs == (("y", True),) and found.inputs["x"].ravel().tolist() == item.tolist()
-    for shape in ((-1, -1, -1), (-1, 7), (-1, -1, 4), (2, 3)):
-        with pytest.raises(DataError):
-            parse_request(
-                item.tobytes(), {"inference-header-content-length": "0"}, [TensorSpec("x", "FP32", shape)], [out]
-            )
-
-
-def test_whitespace_and_booleans() -> None:
-    spec = TensorSpec("t", "BOOL", (-1, 2))
-    data = b" [ \n" + b" " * 99 + b"[true,\tfalse] ]"
-    body = b'{"inputs": [{"name": "t", "shape": [1, 2], "datatype": "BOOL", "data":' + data + b"}]}"
-    assert parse_request(body, {}, [spec], [spec]).inputs["t"].tolist() == [[True, False]]
-    with pytest.raises(DataError):
-        parse_request(body.replace(b"true", b"1"), {}, [spec], [spec])
-
-
-def test_decompression_is_bounded() -> None:
-    assert decompress(b"x", "", 1) == b"x"
-    with pytest.raises(DataError, match="too large"):
-        decompress(zlib.compress(bytes(10**6)), "deflate", 10**5)
 
 
 # --- the process ----------------------------------------------------------------------------------------------------

@@ -90,7 +90,8 @@ class WordEncoder(nn.Module):
         real = (x[:, :, :1] > 0).to(x.dtype)
         h = self(x)
         highest = (h - 1e4 * (1 - real)).amax(dim=1)
-        return torch.cat([highest, h.sum(dim=1) / real.sum(dim=1).clamp_min(1)], dim=1)
+        total = torch.bmm(real.transpose(1, 2), h).squeeze(1)  # a product: its order of summation depends on no batch
+        return torch.cat([highest, total / real.sum(dim=1).clamp_min(1)], dim=1)
 
 
 def encoder_for(preprocessing: Mapping[str, Any], width: int, layers: int = 3) -> WordEncoder:

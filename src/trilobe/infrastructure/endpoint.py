@@ -19,7 +19,7 @@ from secrets import token_hex
 
 import msgspec
 
-from trilobe.errors import NotFoundError, ServeError
+from trilobe.errors import NotFoundError, ServeError, UsageError
 from trilobe.files import write_atomically
 from trilobe.infrastructure.bundle import open_bundle
 from trilobe.types import Endpoint, EndpointState
@@ -28,16 +28,49 @@ _POLL_SECONDS = 0.05
 _LOG_LINES = 15
 
 
-class Desired(msgspec.Struct, frozen=True):
-    """What should be served. ``deployment`` is new for each wish, so that the same bundle can be wished for again."""
+class Wish(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one name should stand for: paths of bundles.
+
+    ``canary`` gets a ``share`` (0 to 1) of the requests, ``shadow`` a copy of them whose answers nobody sees, ``older``
+    are called by their version only. What is not ``loaded`` keeps its place and answers nobody.
+    """
 
     bundle: str
-    bundle_id: str
+    bundle_id: str = ""
+    canary: str = ""
+    share: float = 0.0
+    shadow: str = ""
+    older: tuple[str, ...] = ()
+    loaded: bool = True
+
+
+class Desired(msgspec.Struct, frozen=True):
+    """What should be served, by name ("" is the endpoint's own).
+
+    ``deployment`` is new for each wish, so that the same can be wished for again.
+    """
+
+    models: dict[str, Wish]
     deployment: str
 
 
+class Served(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one name stands for: the versions that can be called, the one that answers, why the last wish failed."""
+
+    state: str
+    version: str = ""
+    versions: tuple[str, ...] = ()
+    canary: str = ""
+    share: float = 0.0
+    shadow: str = ""
+    error: str = ""
+
+
 class State(msgspec.Struct, frozen=True):
-    """What is served; ``deployment`` is the wish last acted on and ``error`` why it failed (empty: it did not)."""
+    """What is served; ``deployment`` is the wish last acted on and ``error`` why it failed (empty: it did not).
+
+    ``bundle_id`` is what stands behind the endpoint's own name, ``models`` all of it.
+    """
 
     name: str
     state: EndpointState
@@ -47,6 +80,8 @@ class State(msgspec.Struct, frozen=True):
     error: str = ""
     deployment: str = ""
     since: float = 0.0
+    models: dict[str, Served] = {}
+    workers: dict[str, int] = {}
 
 
 def read_desired(folder: Path) -> Desired:
@@ -127,19 +162,57 @@ def hold_lock(folder: Path, patience: float = 1.0) -> int:
             time.sleep(_POLL_SECONDS / 5)
 
 
-def deploy(folder: Path, bundle_path: Path) -> Desired:
+def deploy(folder: Path, bundle_path: Path, name: str = "", canary: float = 0.0, shadow: bool = False) -> Desired:
     """Wish for the bundle at ``bundle_path``, verified first: a server of ``folder`` takes it up on its own.
 
-    Raises :class:`~trilobe.errors.BundleError` and leaves the earlier wish alone where the bundle is broken.
+    ``name`` is the model it stands behind (empty: the endpoint's own name). With a ``canary`` share, or as a
+    ``shadow``, it is tried beside the bundle that is served now, which stays. Raises :class:`~trilobe.errors.BundleError` and
+    leaves the earlier wish alone where the bundle is broken.
 
     >>> deploy(Path("nowhere"), Path("no-bundle"))
     Traceback (most recent call last):
     trilobe.errors.BundleError: there is no bundle at ...no-bundle; expected a folder with manifest.json ...
     """
     bundle = open_bundle(bundle_path.resolve())
-    desired = Desired(str(bundle.path), bundle.id, token_hex(8))
+    path = str(bundle.path)
+    if not 0 <= canary <= 1:
+        raise UsageError(f"a canary share of {canary}", expected="a number from 0 to 1")
+
+    def wished(models: dict[str, Wish]) -> dict[str, Wish]:
+        wish = models.get(name)
+        if wish is None and (canary or shadow):
+            raise ServeError(
+                f"nothing is served as {name or 'the endpoint'!r} yet", hint="deploy a bundle first, then try another"
+            )
+        if wish is not None and shadow:
+            wish = msgspec.structs.replace(wish, shadow=path)
+        elif wish is not None and canary:
+            wish = msgspec.structs.replace(wish, canary=path, share=canary)
+        else:
+            wish = Wish(path, bundle.id)
+        return {**models, name: wish}
+
+    return wish_for(folder, wished)
+
+
+def wish_for(folder: Path, change: Callable[[dict[str, Wish]], dict[str, Wish]]) -> Desired:
+    """Change what should be served from ``folder``: what ``change`` makes of the wishes so far, one writer at a time.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     desired = wish_for(Path(folder), lambda models: {**models, "digits": Wish("/bundles/b1", "b1")})
+    ...     read_desired(Path(folder)).models["digits"].bundle_id
+    'b1'
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "desired.json", msgspec.json.encode(desired))
+    with (folder / "desired.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            before = dict(read_desired(folder).models)
+        except NotFoundError:  # nothing yet, or nothing that can be read
+            before = {}
+        desired = Desired(change(before), token_hex(8))
+        write_atomically(folder / "desired.json", msgspec.json.encode(desired))
     return desired
 
 
@@ -188,11 +261,14 @@ def start(folder: Path, name: str, command: Sequence[str], timeout: float = 60.0
     raise ServeError(f"endpoint {name!r} {what}: {reason or tail or 'it said nothing'}", hint=f"read {log}")
 
 
-def replace(folder: Path, bundle_path: Path, timeout: float = 60.0) -> Endpoint:
+def replace(
+    folder: Path, bundle_path: Path, timeout: float = 60.0, name: str = "", canary: float = 0.0, shadow: bool = False
+) -> Endpoint:
     """Deploy the bundle at ``bundle_path`` to the running server of ``folder`` and wait until it is what answers.
 
     Clients do not notice: requests under way finish on the old bundle. Where the new one is broken, cannot be
-    loaded or is not up after ``timeout`` seconds, raises, and the old one goes on serving.
+    loaded or is not up after ``timeout`` seconds, raises, and the old one goes on serving. The rest as in
+    :func:`deploy`.
 
     >>> replace(Path("nowhere"), Path("no-bundle"))
     Traceback (most recent call last):
@@ -200,22 +276,34 @@ def replace(folder: Path, bundle_path: Path, timeout: float = 60.0) -> Endpoint:
     """
     if not _alive(folder):
         raise ServeError(f"no server runs in {folder}", expected="a running endpoint", hint="start it")
-    desired = deploy(folder, bundle_path)
-    _wait(lambda: not _alive(folder) or read_state(folder).deployment == desired.deployment, timeout)
-    state = read_state(folder)
-    if not _alive(folder):
-        raise ServeError(f"the server of {folder} ended meanwhile", hint=f"read {folder / 'server.log'}")
-    if state.deployment != desired.deployment:
-        raise ServeError(
-            f"bundle {desired.bundle_id} is not up after {timeout:g} s; {state.bundle_id or 'nothing'} still serves",
-            hint=f"read {folder / 'server.log'}",
-        )
+    desired = deploy(folder, bundle_path, name, canary, shadow)
+    wished = desired.models[name].bundle_id
+    state = settle(folder, desired, timeout)
     if state.error:
         raise ServeError(
-            f"bundle {desired.bundle_id} cannot be served: {state.error}",
+            f"bundle {wished} cannot be served: {state.error}",
             hint=f"repair and package it again; {state.bundle_id or 'nothing'} still serves",
         )
     return status(folder)
+
+
+def settle(folder: Path, desired: Desired, timeout: float = 60.0) -> State:
+    """Wait until the server of ``folder`` has acted on ``desired``; what it says then, which may be an error.
+
+    >>> settle(Path("nowhere"), Desired({}, "d1"), timeout=0)
+    Traceback (most recent call last):
+    trilobe.errors.ServeError: the server of nowhere ended meanwhile ...
+    """
+    _wait(lambda: not _alive(folder) or read_state(folder).deployment == desired.deployment, timeout)
+    if not _alive(folder):
+        raise ServeError(f"the server of {folder} ended meanwhile", hint=f"read {folder / 'server.log'}")
+    state = read_state(folder)
+    if state.deployment != desired.deployment:
+        raise ServeError(
+            f"what was wished for is not up after {timeout:g} s; {state.bundle_id or 'nothing'} still serves",
+            hint=f"read {folder / 'server.log'}",
+        )
+    return state
 
 
 def status(folder: Path) -> Endpoint:

@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,31 @@ class TensorSpec:
     def dtype(self) -> np.dtype[Any]:
         """The numpy dtype of the datatype."""
         return DATATYPES[self.datatype]
+
+    @classmethod
+    def parse(cls, name: str, text: str) -> "TensorSpec":
+        """From the short form, a datatype and a shape.
+
+        >>> TensorSpec.parse("image", "UINT8[-1, 28, 28, 1]")
+        TensorSpec(name='image', datatype='UINT8', shape=(-1, 28, 28, 1))
+        """
+        datatype, bracket, sizes = text.replace(" ", "").partition("[")
+        parts = sizes.removesuffix("]").split(",")
+        if not bracket or not sizes.endswith("]") or not all(part.lstrip("-").isdigit() for part in parts):
+            raise UsageError(f"{name!r} is declared as {text!r}", expected='a datatype and a shape, "FP32[-1,10]"')
+        return cls(name, datatype, tuple(int(part) for part in parts))
+
+    def takes(self, other: "TensorSpec") -> bool:
+        """Whether every tensor like ``other`` may be one like this.
+
+        >>> TensorSpec("x", "FP32", (-1, 3)).takes(TensorSpec("y", "FP32", (-1, 4)))
+        False
+        """
+        return (
+            self.datatype == other.datatype
+            and len(self.shape) == len(other.shape)
+            and all(a in (-1, b) or b == -1 for a, b in zip(self.shape, other.shape, strict=True))
+        )
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Raise :class:`~trilobe.errors.DataError` unless ``shape`` fits; an empty dimension never does."""
@@ -166,6 +191,10 @@ class Pipeline:
 class Servable:
     """What a bundle becomes when loaded: a pipeline, what it takes, what it gives, and an example to warm it up.
 
+    ``preparation`` names what the first step does, in all that it depends on: of models that share one input, those
+    with equal preparations have it done once (see ``serve/graph.py``). Empty: it is not shared. ``labels`` are names of
+    the columns of an output, for clients that ask for the best classes.
+
     >>> spec = TensorSpec("x", "FP32", (-1,)), TensorSpec("y", "FP32", (-1,))
     >>> x = np.ones(2, np.float32)
     >>> servable = Servable(Pipeline([("add", lambda data: {"y": data["x"] + 1})]), spec[:1], spec[1:], {"x": x})
@@ -177,10 +206,21 @@ class Servable:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     warmup: Arrays
+    preparation: str = ""
+    labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def parts(self) -> "tuple[Servable, Servable] | None":
+        """The first step and the rest, where the first is named as a ``preparation`` that models may share."""
+        if not self.preparation or len(self.pipeline.steps) < 2:
+            return None
+        first, rest = Pipeline(self.pipeline.steps[:1]), Pipeline(self.pipeline.steps[1:])
+        return Servable(first, self.inputs, (), self.warmup), Servable(rest, (), self.outputs, {})
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """The declared outputs for ``inputs`` (already checked); an output not as declared is a ``ServeError``."""
         data = self.pipeline.run(inputs)
+        if not self.outputs:  # a part of a pipeline: what it made
+            return {name: array for name, array in data.items() if name not in inputs}
         for spec in self.outputs:
             if spec.name not in data:
                 raise ServeError(f"the pipeline gave no {spec.name!r}", expected=f"one of: {', '.join(sorted(data))}")

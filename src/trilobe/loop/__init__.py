@@ -7,7 +7,9 @@ room                      verbs
 :mod:`.asking`            ``query`` ``label`` (what is chosen: :mod:`.choosing`)
 :mod:`.believing`         ``aggregate``
 :mod:`.learning`          ``train`` ``evaluate``
-:mod:`.promoting`         ``check`` ``package`` ``serve``
+:mod:`.promoting`         ``check`` ``package``
+:mod:`.serving`           ``serve``
+:mod:`.inferring`         ``infer``
 :mod:`.planning`          ``plan``
 :mod:`.watching`          ``monitor`` ``explain``
 :mod:`.cycle`             ``run``: all of the above until a goal or a budget
@@ -22,15 +24,17 @@ from trilobe.loop.asking import Labeled, label, query
 from trilobe.loop.believing import Aggregated, aggregate
 from trilobe.loop.collecting import Added, add, init
 from trilobe.loop.cycle import Ran, run
+from trilobe.loop.inferring import Inferred, infer
 from trilobe.loop.learning import evaluate, train
 from trilobe.loop.planning import Planned, plan
 from trilobe.loop.project import Project, listening, opened
-from trilobe.loop.promoting import check, package, serve
+from trilobe.loop.promoting import check, package
+from trilobe.loop.serving import serve
 from trilobe.loop.telling import export, report, show
 from trilobe.loop.watching import Explained, explain, monitor
 
 __all__ = [
-    "Added", "Aggregated", "Explained", "Labeled", "Planned", "Project", "Ran", "add", "aggregate", "check", "evaluate",
-    "explain", "export", "init", "label", "listening", "monitor", "opened", "package", "plan", "query", "report",
-    "run", "serve", "show", "train",
+    "Added", "Aggregated", "Explained", "Inferred", "Labeled", "Planned", "Project", "Ran", "add", "aggregate", "check",
+    "evaluate", "explain", "export", "infer", "init", "label", "listening", "monitor", "opened", "package", "plan",
+    "query", "report", "run", "serve", "show", "train",
 ]  # fmt: skip

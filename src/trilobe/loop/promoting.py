@@ -1,21 +1,20 @@
-"""``check``, ``package`` and ``serve``: a model earns its evidence, becomes a bundle, and answers under a name."""
+"""``check`` and ``package``: a model earns its evidence and becomes a bundle."""
 
 import hashlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from trilobe.errors import NotFoundError, ServeError, UsageError
-from trilobe.infrastructure import endpoint as endpoints
-from trilobe.infrastructure.bundle import bundle_id, open_bundle, write_bundle
+from trilobe.errors import UsageError
+from trilobe.infrastructure.bundle import bundle_id, write_bundle
 from trilobe.loop.believing import unpack_beliefs
 from trilobe.loop.learning import evaluate, held_out
+from trilobe.loop.packaging import deliver, expect_deliverable, packaged
 from trilobe.loop.project import Project, annotators, calibrated, opened, tell
 from trilobe.rows import as_rows, flat, is_ragged
-from trilobe.types import Bundle, Endpoint, Evidence, FloatArray, Model
+from trilobe.types import Bundle, Evidence, FloatArray, Model
 
 
 def check(
@@ -89,10 +88,23 @@ def _exported(p: Project, model: Model, X: FloatArray) -> FloatArray:
     return calibrated(as_rows([p.task.finish(output, weights) for output in outputs]), model.temperature)
 
 
-def package(project: "Project | Path | str" = ".", model: str = "", allow_failed: bool = False) -> Bundle:
+def package(
+    project: "Project | Path | str" = ".",
+    model: str = "",
+    allow_failed: bool = False,
+    bundle: str = "",
+    oci: str = "",
+    base: str = "",
+    packages: bool = False,
+    sbom: str = "",
+    kubernetes: str = "",
+    sign: str = "",
+) -> Bundle:
     """Make a bundle: all a server needs, the evidence and the card.
 
     It is one folder: weights, exported graph, preprocessing, label space, calibration, baseline, evidence, model card.
+    Where a path is given for it, the bundle is also signed, listed part by part, and written as a container image
+    that is a MONAI Application Package, or as manifests for a cluster.
 
     A model whose gates have not been checked is checked first; one that fails a gate is refused.
 
@@ -100,142 +112,77 @@ def package(project: "Project | Path | str" = ".", model: str = "", allow_failed
         project: the project's folder.
         model: its id or first letters; the newest by default.
         allow_failed: package it all the same; the card and the evidence say which gate failed.
+        bundle: one that was packaged before, by path or id, in place of a model.
+        oci: write a container image there, without a daemon: an OCI layout, or one file if the name ends in .tar.
+        base: an OCI layout with Python to build the image on; without it the image holds files only.
+        packages: put the installed packages that serving needs into the image, for a base with this Python alone.
+        sbom: write the bill of materials (CycloneDX) to this file.
+        kubernetes: write manifests for Kubernetes and KServe to this folder.
+        sign: a private Ed25519 key (PEM); the signature is written beside the bundle.
 
     Raises:
         CheckFailed: a gate failed.
 
     Example:
         trilobe package
+        trilobe package --oci pets.tar --base python-3.11 --packages --sbom pets.cdx.json --sign key.pem
     """
+    expect_deliverable(oci, base, packages, sign)
+    if bundle and (model or allow_failed):
+        raise UsageError("a bundle together with a model or --allow-failed", expected="one of them")
+    if bundle:
+        made = packaged(bundle, project)
+    else:
+        with opened(project) as p:
+            made = _bundled(p, model, allow_failed)
+    deliver(made, oci, base, packages, sbom, kubernetes, sign)
+    return made
+
+
+def _bundled(p: Project, model: str, allow_failed: bool) -> Bundle:
+    """The bundle of a model, made once and then found."""
     from trilobe.infrastructure.monitor import Baseline
     from trilobe.trust.card import model_card
     from trilobe.trust.checks import gate, require, verdict
 
-    with opened(project) as p:
-        chosen = p.store.model(model or None)
-        evidence = p.store.evidence(chosen.id)
-        if not any(e.check == "parity" for e in evidence):
-            evidence = check(p, chosen.id)
-        evidence = gate(evidence, p.config.check.gates)  # they may have changed since the check
-        p.store.add_evidence(chosen.id, evidence)
-        if not allow_failed:
-            require(evidence)
-        proba, _, on = held_out(p, chosen, fair=False)
-        facts = {
-            "project": p.config.project.name, "n_examples": chosen.origin["n_examples"],
-            "n_answers": chosen.origin["n_answers"],
-            "annotators": [{"name": a["name"], "quality": a["quality"], "n_answers": a["n"]} for a in annotators(p)],
-            "endpoint": p.config.project.name,
-        }  # fmt: skip
-        files = {
-            "weights.safetensors": p.store.blobs.get(chosen.weights),
-            "model.onnx": onnx_graph(p, chosen),
-            "preprocessing.json": _json(chosen.preprocessing),
-            "labels.json": _json(
-                {"names": chosen.space.names, "parents": chosen.space.parents, "scheme": chosen.space.scheme}
-            ),
-            "calibration.json": _json({"method": "temperature.v1", "temperature": chosen.temperature}),
-            "baseline.json": _json({**Baseline.from_proba(p.task.watched(proba, p.space)).to_json(), "on": on}),
-            "evidence.json": _json(evidence),
-            "README.md": model_card(chosen, evidence, facts).encode(),
-        }
-        meta = {"task": chosen.task, "project": p.config.project.name, "network": chosen.network,
-                "origin": {k: v for k, v in chosen.origin.items() if k != "annotators"},
-                "gates_passed": verdict(evidence)}  # fmt: skip
-        id_ = bundle_id({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
-        folder = p.state / "bundles" / f"{p.config.project.name}-{id_}"
-        bundle = write_bundle(folder, files, chosen.id, meta)
-        p.store.add_bundle(bundle)
-        return bundle
+    chosen = p.store.model(model or None)
+    evidence = p.store.evidence(chosen.id)
+    if not any(e.check == "parity" for e in evidence):
+        evidence = check(p, chosen.id)
+    evidence = gate(evidence, p.config.check.gates)  # they may have changed since the check
+    p.store.add_evidence(chosen.id, evidence)
+    if not allow_failed:
+        require(evidence)
+    proba, _, on = held_out(p, chosen, fair=False)
+    facts = {
+        "project": p.config.project.name, "n_examples": chosen.origin["n_examples"],
+        "n_answers": chosen.origin["n_answers"],
+        "annotators": [{"name": a["name"], "quality": a["quality"], "n_answers": a["n"]} for a in annotators(p)],
+        "endpoint": p.config.project.name,
+    }  # fmt: skip
+    files = {
+        "weights.safetensors": p.store.blobs.get(chosen.weights),
+        "model.onnx": onnx_graph(p, chosen),
+        "preprocessing.json": _json(chosen.preprocessing),
+        "labels.json": _json(
+            {"names": chosen.space.names, "parents": chosen.space.parents, "scheme": chosen.space.scheme}
+        ),
+        "calibration.json": _json({"method": "temperature.v1", "temperature": chosen.temperature}),
+        "baseline.json": _json({**Baseline.from_proba(p.task.watched(proba, p.space)).to_json(), "on": on}),
+        "evidence.json": _json(evidence),
+        "README.md": model_card(chosen, evidence, facts).encode(),
+    }
+    meta = {"task": chosen.task, "project": p.config.project.name, "network": chosen.network,
+            "origin": {k: v for k, v in chosen.origin.items() if k != "annotators"},
+            "gates_passed": verdict(evidence)}  # fmt: skip
+    id_ = bundle_id({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
+    folder = p.state / "bundles" / f"{p.config.project.name}-{id_}"
+    bundle = write_bundle(folder, files, chosen.id, meta)
+    p.store.add_bundle(bundle)
+    return bundle
 
 
 def _json(value: Any) -> bytes:
     import msgspec
 
     return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
-
-
-def serve(
-    bundle: str = "",
-    project: "Project | Path | str" = ".",
-    name: str = "",
-    port: int | None = None,
-    capture: float | None = None,
-    background: bool = False,
-    stop: bool = False,
-) -> Endpoint:
-    """Put a bundle behind an endpoint name, or replace what is behind it without a failed request.
-
-    The endpoint speaks the Open Inference Protocol v2 over HTTP on this machine. If it is running already, the new
-    bundle is loaded and warmed up beside the old one, takes over, and this call returns.
-
-    Args:
-        bundle: its id or first letters, or a path; the newest of the project by default.
-        project: the project's folder.
-        name: the endpoint's name; the project's name by default.
-        port: 0 takes any free one.
-        capture: share of the traffic kept for monitoring, 0 to 1.
-        background: start a server that goes on when this program ends; otherwise serve until interrupted.
-        stop: stop the endpoint.
-
-    Raises:
-        BundleError: the bundle is damaged; what is being served goes on.
-        PortInUse: another program listens there.
-
-    Example:
-        trilobe serve --background --port 8000
-        trilobe serve --stop
-    """
-    with opened(project) as p:
-        name = name or p.config.project.name
-        folder = p.endpoint_folder(name)
-        if stop:
-            return endpoints.stop(folder)
-        chosen = _bundle(p, bundle)
-        settings = p.config.serve
-        port = settings.port if port is None else port
-        capture = settings.capture if capture is None else capture
-        if not 0 <= capture <= 1:
-            raise UsageError(f"capture = {capture}", expected="a share from 0 to 1")
-        if _running(folder):
-            tell(f"replacing what is behind {name!r}")
-            replaced = endpoints.replace(folder, chosen.path)
-            if port and not replaced.url.endswith(f":{port}"):
-                tell(f"it stays at {replaced.url}; to move it, trilobe serve --stop first")
-            return replaced
-        endpoints.deploy(folder, chosen.path)
-        if background:
-            where = [
-                "--project",
-                str(p.folder.resolve()),
-                "--name",
-                name,
-                "--port",
-                str(port),
-                "--capture",
-                str(capture),
-            ]
-            command = [sys.executable, "-m", "trilobe", "serve", str(chosen.path.resolve()), *where]
-            return endpoints.start(folder, name, command)
-        task, captures = p.task, p.captures
-    from trilobe.infrastructure.serve import serve_forever
-
-    tell(f"serving {name!r}; interrupt with Ctrl-C")
-    serve_forever(folder, name, task.servable, captures, settings.host, port, capture, settings.max_body)
-    return endpoints.status(folder)
-
-
-def _bundle(p: Project, bundle: str) -> Bundle:
-    if bundle and (Path(bundle) / "manifest.json").exists():
-        return open_bundle(Path(bundle))
-    try:
-        return open_bundle(p.store.bundle(bundle or None).path)
-    except NotFoundError as e:
-        raise NotFoundError(e.problem, expected="a packaged model", hint="trilobe package") from e
-
-
-def _running(folder: Path) -> bool:
-    try:
-        return endpoints.status(folder).state in ("ready", "creating")
-    except (NotFoundError, ServeError):
-        return False

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trilobe.config import Config
 from trilobe.errors import BundleError, UnreadableExample, UsageError
 from trilobe.infrastructure.pipeline import Arrays, Step, onnx_step
-from trilobe.rows import as_rows, flat, pad
+from trilobe.rows import as_rows, flat
 from trilobe.tasks.reading import read_examples
 from trilobe.tasks.words import N_CHARS, choose_preprocessing, decode, ids, split, to_bytes
 from trilobe.types import FloatArray, Response, Span
@@ -23,6 +23,7 @@ from trilobe.types import FloatArray, Response, Span
 if TYPE_CHECKING:
     from trilobe.tasks.pretrained import HuggingFace
 
+RUNGS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # lengths that texts are filled up to
 AT_ONCE = 64  # texts that an endpoint computes together: what its memory is measured by
 BAG = 512  # columns of a bag of words
 
@@ -153,19 +154,38 @@ def bag(X: FloatArray) -> FloatArray:
     return np.asarray(said / np.maximum(np.linalg.norm(said, axis=1, keepdims=True), 1e-12))
 
 
+def rung(length: int) -> int:
+    """To how many words a text of so many is filled up: by its own length alone.
+
+    A sum over words is split up by how many there are, padding included, so a text that was filled up to its longest
+    neighbor would get other last digits in other company.
+
+    >>> rung(3), rung(9), rung(300)
+    (8, 16, 512)
+    """
+    return next((r for r in RUNGS if length <= r), -(-length // RUNGS[-1]) * RUNGS[-1])
+
+
 def graph_step(graph: bytes) -> Step:
     """A step from ``rows``, input of any lengths, to ``outputs``, what the exported graph gives for each.
 
-    Rows are filled up to the longest of :data:`AT_ONCE`, so memory does not grow with a request.
+    Rows of one :func:`rung` are computed together, :data:`AT_ONCE` at most, so memory does not grow with a request and
+    the numbers of a text do not depend on the texts beside it.
     """
     name, run = onnx_step(graph)
 
     def model(arrays: Arrays) -> Arrays:
         rows, outputs = arrays["rows"], np.empty(len(arrays["rows"]), dtype=object)
-        for start in range(0, len(rows), AT_ONCE):
-            padded, real = pad(rows[start : start + AT_ONCE])
-            for i, (said, mask) in enumerate(zip(run({"x": padded})["logits"], real, strict=True), start):
-                outputs[i] = said[mask] if said.ndim == 2 else said
+        sizes = np.array([rung(len(row)) for row in rows])
+        for size in np.unique(sizes):
+            alike = np.flatnonzero(sizes == size)
+            for start in range(0, len(alike), AT_ONCE):
+                part = alike[start : start + AT_ONCE]
+                filled = np.zeros((len(part), size, rows[part[0]].shape[1]), dtype=np.float32)
+                for place, i in zip(filled, part, strict=True):
+                    place[: len(rows[i])] = rows[i]
+                for i, said in zip(part, run({"x": filled})["logits"], strict=True):
+                    outputs[i] = said[: len(rows[i])] if said.ndim == 2 else said
         return {"outputs": outputs}
 
     return name, model

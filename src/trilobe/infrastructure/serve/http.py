@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
+from itertools import islice
 from socket import socket
 from typing import Any, cast
 from urllib.parse import unquote
@@ -31,13 +32,16 @@ class Limits:
     """What one client may ask of the server: sizes in bytes, times in seconds.
 
     ``head`` and ``body`` are how long a client may take to send its headers, and its body (plus one second for each
-    64 KiB of it); ``idle`` how long a connection may rest between requests; ``write`` how long it may refuse to read.
+    64 KiB of it that has arrived); ``idle`` how long a connection may rest between requests; ``write`` how long it may
+    refuse to read (plus one second for each 64 KiB that wait for it). ``max_held`` bounds the bodies of all clients
+    together that have arrived in part, ``max_ahead`` the requests of one client that wait for their turn.
     """
 
     max_body: int = 16 * 1024 * 1024
     max_head: int = 32 * 1024
+    max_held: int = 512 * 1024 * 1024
     max_connections: int = 20_000
-    max_ahead: int = 16
+    max_ahead: int = 64
     head: float = 10.0
     body: float = 20.0
     idle: float = 75.0
@@ -70,6 +74,8 @@ class Request:
 
 
 Handler = Callable[[Request], "Reply | asyncio.Future[Reply]"]
+_KEEP, _SAY_KEEP, _CLOSE = b"", b"connection: keep-alive\r\n", b"connection: close\r\n"  # the end of a reply's head
+_RATE = 65536  # bytes a second below which a client counts as slow
 
 
 def json_reply(status: int, answer: Any) -> Reply:
@@ -87,6 +93,8 @@ _LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPSt
 class HttpServer:
     """Listens for a handler. All of it happens in one event loop; ``connections`` are those open now.
 
+    ``explain`` makes a reply of whatever the handler, or its future, raised.
+
     >>> async def hello() -> bytes:
     ...     server = HttpServer(lambda request: (200, {}, b"hello " + request.parts[0].encode()))
     ...     from trilobe.infrastructure.serve.process import bind
@@ -102,19 +110,26 @@ class HttpServer:
     b'hello you'
     """
 
-    def __init__(self, handler: Handler, limits: Limits | None = None) -> None:
-        self.handler, self.limits = handler, limits or Limits()
+    def __init__(
+        self, handler: Handler, limits: Limits | None = None, explain: Callable[[BaseException], Reply] | None = None
+    ) -> None:
+        self.handler, self.limits, self.explain = handler, limits or Limits(), explain or _internal
         self.connections: set[_Connection] = set()
         self.stopping = False
+        self.held = 0  # bytes of bodies that have arrived in part
         self._servers: list[asyncio.Server] = []
         self._sweep: asyncio.Task[None] | None = None
 
     async def start(self, listener: socket, tls: ssl.SSLContext | None = None) -> None:
         """Accept connections from ``listener``."""
         loop = asyncio.get_running_loop()
-        handshake = {"ssl_handshake_timeout": self.limits.head} if tls else {}
         server = await loop.create_server(
-            lambda: _Connection(self, loop), sock=listener, ssl=tls, backlog=2048, **handshake
+            lambda: _Connection(self, loop),
+            sock=listener,
+            ssl=tls,
+            backlog=2048,
+            ssl_handshake_timeout=self.limits.head if tls else None,
+            ssl_shutdown_timeout=2.0 if tls else None,
         )
         self._servers.append(server)
         self._sweep = self._sweep or loop.create_task(self._watch_clocks())
@@ -140,11 +155,29 @@ class HttpServer:
             await asyncio.sleep(0.5)
             now = time.monotonic()
             for connection in [c for c in self.connections if now > c.deadline]:
-                connection.out_of_time()
+                try:
+                    connection.out_of_time(now)
+                except Exception:  # one client must not stop the clock of the others
+                    logger.exception("a connection could not be closed in order")
+                    connection.transport.abort()
+
+    def room(self) -> bool:
+        """Whether one more client may come; one that rests between requests makes way for it where it must."""
+        if len(self.connections) >= self.limits.max_connections:
+            resting = next((c for c in islice(self.connections, 64) if not (c.busy or c.begun)), None)
+            if resting is None:
+                return False
+            self.connections.discard(resting)
+            resting.transport.abort()
+        return not self.stopping
 
 
 class _Connection(asyncio.Protocol):
-    """One client: bytes in, requests to the handler in order, replies out in the same order."""
+    """One client: bytes in, requests to the handler in order, replies out in the same order.
+
+    What has arrived is parsed first and started afterwards. While a client has requests ``ahead`` of their answers, or
+    does not read those, nothing more is read from it: what it can make the server hold is one read, and one body.
+    """
 
     transport: asyncio.Transport
 
@@ -154,23 +187,26 @@ class _Connection(asyncio.Protocol):
         self.deadline = float("inf")
         self.under_way: asyncio.Future[Reply] | None = None
         self.busy = self.closing = self.discarding = self.paused = False
-        self.ahead: deque[tuple[Request, bool]] = deque()
+        self.ahead: deque[tuple[Request, bytes]] = deque()
+        self.refusal: tuple[int, str] | None = None  # what is said once all that came before it is answered
+        self.held = 0
         self.peer = ""
         self._fresh()
 
     def _fresh(self) -> None:
         self.url = b""
         self.headers: dict[str, str] = {}
-        self.head_bytes = self.body_bytes = 0
-        self.chunks: list[bytes] = []
-        self.begun = False
+        self.received = self.body_bytes = 0
+        self.body: bytes | bytearray = b""
+        self.begun = self.in_body = False
 
     # what the transport calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        if len(self.server.connections) >= self.limits.max_connections or self.server.stopping:
-            transport.close()
+        if not self.server.room():
+            self.closing = True
+            self.transport.abort()
             return
         self.server.connections.add(self)
         self.deadline = time.monotonic() + self.limits.head
@@ -180,23 +216,35 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.server.connections.discard(self)
+        self.server.held -= self.held
+        self.held = 0
         self.ahead.clear()
         self.closing = True
         if self.under_way is not None:  # nobody waits for it any more
             self.under_way.cancel()
 
     def data_received(self, data: bytes) -> None:
-        if self.discarding:
+        if self.discarding or self.closing or self.refusal is not None:
             return
         if not self.begun:
             self.begun = True
             if not self.busy:
                 self.deadline = time.monotonic() + self.limits.head
-        self.head_bytes += len(data)
+        self._parse(data)
+        if self.body_bytes != self.held:
+            self._hold()
+        if self.ahead:
+            if not self.busy and not self.paused:
+                self._start(*self.ahead.popleft())
+            if self.ahead or self.refusal is not None:
+                self.transport.pause_reading()
+
+    def _parse(self, data: bytes) -> None:
+        self.received += len(data)
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._refuse(501, "this server does not upgrade connections")
+        except httptools.HttpParserUpgrade as offer:
+            self._parse(self._declined() + data[offer.args[0] :])
         except httptools.HttpParserCallbackError as error:
             cause = error.__context__
             if isinstance(cause, _Refuse):
@@ -207,22 +255,56 @@ class _Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._refuse(400, f"this is not HTTP/1.1 ({error})")
         else:
-            if not self.chunks and self.head_bytes > self.limits.max_head and self.begun and not self.body_bytes:
-                self._refuse(431, f"headers of more than {self.limits.max_head} bytes")
+            if self.received > self.limits.max_head:
+                self._check_overhead()
+
+    def _declined(self) -> bytes:
+        """The head of a request that offers another protocol, without the offer: it may be ignored (RFC 9110, 7.8)."""
+        kept = {k: v for k, v in self.headers.items() if k not in ("upgrade", "connection", "http2-settings")}
+        if "close" in self.headers.get("connection", "").lower():
+            kept["connection"] = "close"
+        lines = "".join([f"{name}: {value}\r\n" for name, value in kept.items()])
+        head = self.parser.get_method() + b" " + self.url + b" HTTP/1.1\r\n" + lines.encode("latin-1") + b"\r\n"
+        self.parser = httptools.HttpRequestParser(self)
+        self._fresh()
+        self.received = -len(head)
+        return head
+
+    def _check_overhead(self) -> None:
+        """Refuse headers, chunk sizes, chunk extensions and trailers out of proportion to what they carry."""
+        if self.begun and not self.in_body:
+            self._refuse(431, f"headers of more than {self.limits.max_head} bytes")
+        elif self.received - self.body_bytes > 2 * self.limits.max_head + self.body_bytes:
+            self._refuse(400, "more bytes around the body than in it; expected larger chunks")
+
+    def _hold(self) -> None:
+        self.server.held += self.body_bytes - self.held
+        self.held = self.body_bytes
+        if self.server.held > self.limits.max_held:
+            self._refuse(503, "too many bytes of other requests are arriving; try again")
 
     def eof_received(self) -> bool:
-        # A client that only closed its sending side may still wait for its answer.
-        return self.busy and not self.closing
+        # Whoever closes its side has left, as for Go and nginx: of a client that hangs up nothing else can be seen.
+        return False
 
     def pause_writing(self) -> None:
         self.paused = True
         self.transport.pause_reading()
-        self.deadline = time.monotonic() + self.limits.write
+        self._write_deadline()
 
     def resume_writing(self) -> None:
         self.paused = False
+        if self.closing:
+            return
         self.deadline = float("inf") if self.busy else time.monotonic() + self.limits.idle
-        self.transport.resume_reading()
+        if self.ahead and not self.busy:
+            self.busy = True
+            self.loop.call_soon(self._next)
+        elif not self.ahead and self.refusal is None:
+            self.transport.resume_reading()
+
+    def _write_deadline(self) -> None:
+        self.deadline = time.monotonic() + self.limits.write + self.transport.get_write_buffer_size() / _RATE
 
     # what the parser calls
 
@@ -233,132 +315,196 @@ class _Connection(asyncio.Protocol):
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        key = name.decode("latin-1").lower()
-        if len(self.headers) >= 100:
-            raise _Refuse(431, "more than 100 headers")
-        self.headers[key] = value.decode("latin-1")
+        if self.in_body:  # a trailer: what decides about the request has been said before
+            return
+        key, text, headers = name.decode("latin-1").lower(), value.decode("latin-1"), self.headers
+        if key in headers:  # a list (RFC 9110, 5.2), so that no two readers see different tokens or lengths
+            text = f"{headers[key]}, {text}"
+        if len(headers) >= 100 or len(text) > self.limits.max_head:
+            raise _Refuse(431, "more than 100 headers, or one that is too long")
+        headers[key] = text
 
     def on_headers_complete(self) -> None:
-        self.head_bytes = 0
-        headers, limit = self.headers, self.limits.max_body
-        length = headers.get("content-length", "")
-        if length:
-            size = int(length) if length.isascii() and length.isdigit() else -1
-            if size < 0 or size > limit:
-                raise _too_large(limit)
-        elif "transfer-encoding" not in headers and self.parser.get_method() == b"POST":
-            raise _Refuse(411, "a request without Content-Length; expected its length, or chunks")
-        if not self.busy:
-            self.deadline = time.monotonic() + self.limits.body + (int(length) / 65536 if length else 0.0)
-        if headers.get("expect", "").lower() == "100-continue" and not self.busy:
+        headers, limits = self.headers, self.limits
+        if self.received > limits.max_head:  # of which a body may be a part
+            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in headers.items())
+            if size > limits.max_head:
+                raise _Refuse(431, f"headers of more than {limits.max_head} bytes")
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise _Refuse(501, "this server is no proxy")
+            return
+        self._check_framing(headers)
+        self.in_body = True
+        if self.busy or self.ahead:
+            return
+        self.deadline = self.since = time.monotonic() + limits.body
+        if "expect" in headers and headers["expect"].lower() == "100-continue":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _check_framing(self, headers: dict[str, str]) -> None:
+        """Refuse what two readers could take for bodies of different length, where llhttp has not done so already."""
+        if length := headers.get("content-length", ""):
+            if not (length.isascii() and length.isdigit() and len(length) < 20):
+                raise _Refuse(400, "a Content-Length that is no number of bytes")
+            if int(length) > self.limits.max_body:
+                raise _too_large(self.limits.max_body)
+        elif coding := headers.get("transfer-encoding", ""):
+            if coding.lower() != "chunked":
+                raise _Refuse(501, f"the transfer encoding {coding!r}; expected chunked or none")
+            if self.parser.get_http_version() != "1.1":
+                raise _Refuse(400, "chunks in a request that is not HTTP/1.1")
 
     def on_body(self, body: bytes) -> None:
         self.body_bytes += len(body)
-        self.head_bytes = 0
         if self.body_bytes > self.limits.max_body:
             raise _too_large(self.limits.max_body)
-        self.chunks.append(body)
+        if not self.body:
+            self.body = body  # most come in one piece, which is not copied
+            return
+        if isinstance(self.body, bytes):
+            self.body = bytearray(self.body)
+        self.body += body
 
     def on_message_complete(self) -> None:
-        body = self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
+        if not self.in_body:  # it offers another protocol, and comes again without
+            return
+        if len(self.ahead) >= self.limits.max_ahead:
+            raise _Refuse(429, f"more than {self.limits.max_ahead} requests ahead of their answers")
         path, _, query = self.url.decode("latin-1").partition("?")
         if not path.startswith("/"):  # the form that proxies use: http://host/path
             path = "/" + path.partition("://")[2].partition("/")[2]
-        request = Request(self.parser.get_method().decode("latin-1"), path, self.headers, body, query, self.peer)
-        keep = self.parser.should_keep_alive()
+        method = self.parser.get_method().decode("latin-1")
+        request = Request(method, path, self.headers, bytes(self.body), query, self.peer)
+        if self.parser.should_keep_alive():
+            end = _SAY_KEEP if "connection" in self.headers else _KEEP  # HTTP/1.0 wants to be told
+        else:
+            end = _CLOSE
         self._fresh()
-        self.begun = False
-        if not self.busy:
-            self._start(request, keep)
-            return
-        self.ahead.append((request, keep))
-        if len(self.ahead) >= self.limits.max_ahead:
-            self.transport.pause_reading()
+        self.ahead.append((request, end))
 
     # requests and replies
 
-    def _start(self, request: Request, keep: bool) -> None:
+    def _start(self, request: Request, end: bytes) -> None:
         self.busy, self.deadline = True, float("inf")
         try:
             reply = self.server.handler(request)
-        except Exception:
-            logger.exception("the handler failed")
-            reply = json_reply(500, {"error": "internal error, see the log"})
-        keep = keep and not self.server.stopping
+        except Exception as error:  # noqa: BLE001 (explain makes a reply of it, and logs what is ours)
+            reply = self.server.explain(error)
+        head_only = request.method == "HEAD"
         if isinstance(reply, tuple):
-            self._write(reply, keep, request.method == "HEAD")
+            self._write(reply, end, head_only)
             return
         self.under_way = reply
-        reply.add_done_callback(lambda future: self._answered(future, keep))
+        reply.add_done_callback(lambda future: self._answered(future, end, head_only))
 
-    def _answered(self, future: "asyncio.Future[Reply]", keep: bool) -> None:
+    def _answered(self, future: "asyncio.Future[Reply]", end: bytes, head_only: bool) -> None:
         self.under_way = None
-        if self.closing or future.cancelled():
-            return
-        if error := future.exception():
-            logger.error("a request failed", exc_info=error)
-            self._write(json_reply(500, {"error": "internal error, see the log"}), keep)
+        if future.cancelled():
+            reply = json_reply(503, {"error": "the request was given up by the server; try again"})
+        elif error := future.exception():
+            reply = self.server.explain(error)
         else:
-            self._write(future.result(), keep)
+            reply = future.result()
+        if not self.closing:
+            self._write(reply, end, head_only)
 
-    def _write(self, reply: Reply, keep: bool, head_only: bool = False) -> None:
-        status, headers, body = reply
-        lines = [_LINES.get(status) or f"HTTP/1.1 {status} -\r\n".encode()]
-        lines += [f"{name}: {value}\r\n".encode("latin-1") for name, value in headers.items()]
-        keep = keep and not self.server.stopping
-        end = b"" if keep else b"connection: close\r\n"
-        lines += [b"content-length: %d\r\n" % len(body), end, b"\r\n", b"" if head_only else body]
-        self.transport.write(b"".join(lines))
+    def _write(self, reply: Reply, end: bytes, head_only: bool = False) -> None:
+        if self.server.stopping:
+            end = _CLOSE
+        try:
+            head = _head(reply, end)
+        except ValueError:
+            logger.exception("a reply that cannot be written")
+            reply = _failed()
+            head = _head(reply, end)
+        self.transport.write(head if head_only else head + reply[2])
         self.busy = False
-        if not keep:
-            self.closing = True
-            self.transport.close()
+        if end is _CLOSE:
+            self._close()
         elif self.ahead:
-            if len(self.ahead) == self.limits.max_ahead and not self.paused:
-                self.transport.resume_reading()
             # Not at once: a client that sends many requests ahead shares the loop with the others.
             self.busy = True
             self.loop.call_soon(self._next)
+        elif self.refusal is not None:
+            self._say_refusal()
         elif not self.paused:
-            self.deadline = time.monotonic() + (self.limits.head if self.begun else self.limits.idle)
+            now, limits = time.monotonic(), self.limits
+            self.since = now + limits.body
+            self.deadline = self.since if self.in_body else now + (limits.head if self.begun else limits.idle)
 
     def _next(self) -> None:
-        if self.ahead and not self.closing:
-            self._start(*self.ahead.popleft())
+        if self.closing:
+            return
+        if self.paused:  # it does not read what it has: the rest waits
+            self.busy = False
+            return
+        request = self.ahead.popleft()
+        if not self.ahead and self.refusal is None:
+            self.transport.resume_reading()
+        self._start(*request)
+
+    def _close(self) -> None:
+        self.closing = True
+        self._write_deadline()
+        self.transport.close()
 
     def _refuse(self, status: int, problem: str) -> None:
+        if self.refusal is None:
+            self.refusal = status, problem
+            if not self.busy and not self.ahead:
+                self._say_refusal()
+
+    def _say_refusal(self) -> None:
         """Answer, and read on for a moment: closing at once would tear the answer from a client that still sends."""
-        if self.busy or self.closing:  # earlier requests of this client are still under way: it broke the protocol
-            self.transport.abort()
+        if self.refusal is None:
             return
         self.discarding = True
-        status, headers, body = json_reply(status, {"error": problem})
-        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        self.transport.write(
-            _LINES[status] + f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body
-        )
+        self.body = b""
+        status, problem = self.refusal
+        reply = json_reply(status, {"error": problem})
+        self.transport.write(_head(reply, _CLOSE) + reply[2])
         if self.transport.can_write_eof():
             self.transport.write_eof()
+            self.transport.resume_reading()
             self.deadline = time.monotonic() + 2.0
         else:
-            self.transport.close()
+            self._close()
 
-    def out_of_time(self) -> None:
+    def out_of_time(self, now: float) -> None:
         """The deadline has passed: say so where a request has begun, and close."""
-        if self.begun and not self.discarding and not self.paused:
-            self._refuse(408, "the request took too long to arrive")
-            return
-        if self.paused:
+        if self.closing or self.paused:  # it does not read what is sent
             self.transport.abort()
-        self.closing = True
-        self.transport.close()
+        elif self.discarding or not self.begun:
+            self._close()
+        elif self.in_body and now < (earned := self.since + self.body_bytes / _RATE):
+            self.deadline = earned
+        else:
+            self._refuse(408, "the request took too long to arrive")
 
     def finish(self) -> None:
         """The server stops: close when what is under way is answered."""
-        if not self.busy and not self.begun:
-            self.closing = True
-            self.transport.close()
+        if not self.busy and not self.begun and not self.closing:
+            self._close()
+
+
+def _failed() -> Reply:
+    return json_reply(500, {"error": "internal error, see the log"})
+
+
+def _head(reply: Reply, end: bytes) -> bytes:
+    """The head of a reply. Raises ``ValueError`` for a header that could pass for two, or is not Latin-1."""
+    status, headers, body = reply
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    if lines.count("\n") != len(headers) or lines.count("\r") != len(headers):
+        raise ValueError(f"a line break in {headers}")
+    line = _LINES.get(status) or b"HTTP/1.1 %d -\r\n" % status
+    return b"%b%bcontent-length: %d\r\n%b\r\n" % (line, lines.encode("latin-1"), len(body), end)
+
+
+def _internal(error: BaseException) -> Reply:
+    logger.error("a request failed", exc_info=error)
+    return _failed()
 
 
 class _Refuse(Exception):

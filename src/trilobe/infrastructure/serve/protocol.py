@@ -1,142 +1,137 @@
-"""Serving: the Open Inference Protocol v2 over HTTP, with its binary tensor extension, for one named model.
+"""The Open Inference Protocol v2 over HTTP: from bytes to arrays and back. Pure, and the same for every front end.
 
-From bytes to arrays and back (:func:`parse_request`, :func:`encode_response`: pure), the :class:`Server` that holds
-what is served and swaps it under load, and :func:`serve_forever`, the process around it. What a bundle means is given
-from above as ``load``. There is no framework in the path of a request: it would cost more than the model. Inference
-runs in one worker thread, so that health checks are answered meanwhile.
+A :class:`Reader` is made once for what a model takes and gives, and turns each body into a :class:`Call`; a
+:class:`Writer` turns a call's results into headers and a body. Spoken besides JSON are the binary tensor extension in
+both directions, the classification, parameters, schedule-policy and sequence extensions, gzip and deflate. Tensors are
+checked against their declaration before memory is taken for them.
 
-Left out on purpose: the ``classification`` parameter (refused, not ignored) and compressed replies.
+Stricter than Triton: unknown fields of tensors aside, nothing that would change the answer is passed over in silence
+(shared memory is refused, so are NaN and infinity). Wider than Triton: FP16 may come and go as JSON.
 """
 
-import asyncio
-import errno
-import logging
 import math
-import os
 import re
-import signal
-import socket
-import time
 import zlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from reprlib import Repr
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from trilobe import __version__
-from trilobe.errors import DataError, PortInUse, ServeError, TrilobeError
-from trilobe.infrastructure.bundle import open_bundle
-from trilobe.infrastructure.capture import CaptureLog
-from trilobe.infrastructure.endpoint import Desired, State, hold_lock, read_desired, read_state, write_state
-from trilobe.infrastructure.pipeline import Arrays, Servable, TensorSpec, pack, unpack
-from trilobe.types import Bundle
+from trilobe.errors import DataError
+from trilobe.infrastructure.pipeline import Arrays, TensorSpec, pack, unpack
 
-MAX_BODY = 16 * 1024 * 1024
-POLL_SECONDS = 0.2
 HEADER_LENGTH = "inference-header-content-length"
-logger = logging.getLogger(__name__)
-
-Load = Callable[[Bundle], Servable]
-Reply = tuple[int, dict[str, str], bytes]
-Scope = Mapping[str, Any]
-Receive = Callable[[], Awaitable[Mapping[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
+COMPRESS_FROM = 1024  # bytes: below, an answer fits one packet anyway
+Scalar = str | bool | int | float
+_NONE: Mapping[str, Any] = MappingProxyType({})
+_shorten = Repr()  # what a client sent is said back to it, but not at length
+_shorten.maxstring = _shorten.maxlong = _shorten.maxother = 100
+say = _shorten.repr
 
 
 class Refused(DataError):
-    """A request this server will not answer, with the HTTP status that says why."""
+    """A request this server will not answer, with the HTTP status that says why and headers that say what to do.
 
-    def __init__(self, status: int, problem: str, *, expected: str = "", hint: str = "") -> None:
+    >>> str(Refused(404, "unknown model 'cats'", expected="'digits'"))
+    "unknown model 'cats'; expected 'digits'"
+    """
+
+    def __init__(
+        self, status: int, problem: str, *, expected: str = "", hint: str = "", headers: Mapping[str, str] = _NONE
+    ) -> None:
         super().__init__(problem, expected=expected, hint=hint)
-        self.status = status
+        self.status, self.headers = status, headers
 
 
-# --- from bytes to arrays -------------------------------------------------------------------------------------------
+class Wanted(NamedTuple):
+    """An output that a call wants: as bytes or as JSON, whole or (``classification`` > 0) as its best classes."""
+
+    name: str
+    binary: bool
+    classification: int = 0
+
+
+class Call(msgspec.Struct, frozen=True, eq=False):
+    """A parsed request.
+
+    ``parameters`` are the client's own (and ``sequence_*``), ``priority`` is 1 for the most urgent and 0 where the
+    client leaves it open, ``timeout`` is in seconds, ``rows`` the size of the first axis of the inputs.
+    """
+
+    id: str | None
+    inputs: Arrays
+    outputs: tuple[Wanted, ...]
+    parameters: Mapping[str, Any] = _NONE
+    priority: int = 0
+    timeout: float | None = None
+    rows: int = 1
+
+
+# --- what is on the wire --------------------------------------------------------------------------------------------
+
+
+class _Given(msgspec.Struct, frozen=True):
+    """The parameters of an input that mean something here."""
+
+    binary_data_size: int | None = None
+    shared_memory_region: Any = None
 
 
 class _Tensor(msgspec.Struct, frozen=True):
     name: str
     shape: list[int]
     datatype: str
-    parameters: dict[str, Any] = {}
+    parameters: _Given = _Given()
     data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Asked(msgspec.Struct, frozen=True):
+    """The parameters of a wanted output that mean something here."""
+
+    binary_data: bool | None = None
+    classification: int = 0
+    shared_memory_region: Any = None
 
 
 class _Output(msgspec.Struct, frozen=True):
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: _Asked = _Asked()
 
 
 class _Request(msgspec.Struct, frozen=True):
     inputs: list[_Tensor]
     id: str | None = None
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Scalar] | None = None
     outputs: list[_Output] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A parsed request: its id, its input arrays, and the outputs it wants with whether each comes binary."""
-
-    id: str | None
-    inputs: Mapping[str, NDArray[Any]]
-    outputs: tuple[tuple[str, bool], ...]
+class _Size(msgspec.Struct, frozen=True):
+    binary_data_size: int
 
 
-def parse_request(
-    body: bytes, headers: Mapping[str, str], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
-) -> Call:
-    """The call that ``body`` and its (lower-case) ``headers`` ask for, checked against what the model declares.
-
-    Tensors come as JSON (flat or nested, row-major) or, with ``Inference-Header-Content-Length``, as little-endian
-    bytes after the JSON; length 0 means that all of ``body`` is the one tensor of a batch of one. Raises
-    :class:`~trilobe.errors.DataError` for whatever does not fit.
-
-    >>> spec = TensorSpec("x", "FP32", (-1, 2))
-    >>> body = b'{"id": "7", "inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2.5]}]}'
-    >>> parse_request(body, {}, [spec], [TensorSpec("y", "FP32", (-1,))])
-    Call(id='7', inputs={'x': array([[1. , 2.5]], dtype=float32)}, outputs=(('y', False),))
-    """
-    length = _header_length(headers, len(body))
-    if length == 0:
-        return Call(None, {inputs[0].name: _raw_tensor(body, inputs)}, tuple((spec.name, True) for spec in outputs))
-    try:
-        request = _REQUEST.decode(memoryview(body)[:length])
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise DataError(f"the request is not usable JSON ({error})", expected="an inference request") from error
-    known = {spec.name: spec for spec in inputs}
-    arrays: dict[str, NDArray[Any]] = {}
-    at = len(body) if length is None else length
-    for tensor in request.inputs:
-        spec = known.get(tensor.name)
-        if spec is None or tensor.name in arrays:
-            problem = f"unknown input {tensor.name!r}" if spec is None else f"input {tensor.name!r} comes twice"
-            raise DataError(problem, expected=f"each of {list(known)} once")
-        if tensor.datatype != spec.datatype:
-            raise DataError(f"{tensor.name!r} has the datatype {tensor.datatype!r}", expected=spec.datatype)
-        spec.check_shape(tensor.shape)
-        size = tensor.parameters.get("binary_data_size")
-        if size is None:
-            arrays[tensor.name] = _json_array(tensor, spec)
-        else:
-            arrays[tensor.name] = _binary_array(tensor, spec, memoryview(body)[at:], size)
-            at += size
-        spec.check(arrays[tensor.name])
-    if missing := [name for name in known if name not in arrays]:
-        raise DataError(f"input {missing[0]!r} is missing", expected=f"each of {list(known)} once")
-    if at != len(body):
-        raise DataError(f"{len(body) - at} bytes follow the last binary tensor", expected="none")
-    return Call(request.id, arrays, _wanted(request, [spec.name for spec in outputs]))
+class _Described(msgspec.Struct, frozen=True):
+    name: str
+    shape: tuple[int, ...]
+    datatype: str
+    parameters: _Size | msgspec.UnsetType = msgspec.UNSET
+    data: list[Any] | msgspec.UnsetType = msgspec.UNSET
 
 
-_REQUEST = msgspec.json.Decoder(_Request)
+class _Answer(msgspec.Struct, frozen=True):
+    model_name: str
+    model_version: str
+    outputs: list[_Described]
+    id: str | msgspec.UnsetType = msgspec.UNSET
+    parameters: Mapping[str, Any] | msgspec.UnsetType = msgspec.UNSET
+
+
+_decode = msgspec.json.Decoder(_Request).decode
+_encode = msgspec.json.Encoder().encode
 _NESTED = re.compile(rb"\s*\[\s*\[")
 _ELEMENTS: dict[str, type] = {"b": bool, "u": int, "i": int, "f": float, "O": str}
 
@@ -150,88 +145,401 @@ def _decoder(kind: str, depth: int) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(nested)
 
 
-def _header_length(headers: Mapping[str, str], n_bytes: int) -> int | None:
-    text = headers.get(HEADER_LENGTH)
-    if text is None:
-        return None
+# --- from bytes to arrays -------------------------------------------------------------------------------------------
+
+
+class Slot:
+    """One declared input, ready to be filled: what :class:`~trilobe.infrastructure.pipeline.TensorSpec` says, worked
+    out once."""
+
+    __slots__ = ("dtype", "free", "itemsize", "kind", "name", "spec", "tail")
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec, self.name, self.dtype = spec, spec.name, spec.dtype
+        self.kind, self.itemsize = spec.dtype.kind, spec.dtype.itemsize
+        self.free = spec.shape[:1] == (-1,)
+        self.tail = list(spec.shape[1:])
+
+    def check(self, datatype: str, shape: Sequence[int]) -> None:
+        """Raise :class:`~trilobe.errors.DataError` unless a tensor of ``datatype`` and ``shape`` fits."""
+        if datatype != self.spec.datatype:
+            raise DataError(f"{self.name!r} has the datatype {say(datatype)}", expected=self.spec.datatype)
+        if self.free and shape and shape[0] >= 1 and shape[1:] == self.tail:
+            return  # the common case, decided fast
+        if len(shape) != len(self.spec.shape):
+            raise DataError(f"{self.name!r} has {len(shape)} dimensions", expected=f"{list(self.spec.shape)}")
+        self.spec.check_shape(shape)
+
+    def from_bytes(self, data: bytes, start: int, size: int, shape: Sequence[int]) -> NDArray[Any]:
+        """The tensor of (checked) ``shape`` that lies in ``data`` from ``start``, ``size`` bytes of it."""
+        if self.kind == "O":
+            expected, fits = "as many", 0 <= size <= len(data) - start
+        else:
+            count = math.prod(shape) * self.itemsize
+            expected, fits = f"{count}", size == count <= len(data) - start
+        if not fits:
+            raise DataError(
+                f"{self.name!r} has the binary_data_size {say(size)} with {len(data) - start} bytes left in the body",
+                expected=f"{expected} bytes for {list(shape)} {self.spec.datatype}",
+            )
+        if self.kind in "Ob":
+            try:
+                return unpack(memoryview(data)[start : start + size], self.dtype, shape)
+            except DataError as error:
+                raise DataError(f"{self.name!r} has {error.problem}", expected=error.expected) from error
+        flat = np.frombuffer(data, self.dtype, size // self.itemsize, start)
+        if not flat.flags.aligned:  # the JSON before it may have any length, so wide numbers may start anywhere
+            flat = flat.copy()
+        if self.kind == "f":
+            self.check_finite(flat)
+        return flat.reshape(shape)
+
+    def check_finite(self, flat: NDArray[Any]) -> None:
+        """Raise :class:`~trilobe.errors.DataError` where an entry of a flat float array is NaN or infinite."""
+        if np.count_nonzero(np.isfinite(flat)) != flat.size:  # a third of the time of .all() on small arrays
+            raise DataError(f"{self.name!r} holds values that are not finite", expected="no NaN and no infinity")
+
+    def from_json(self, raw: msgspec.Raw, shape: list[int]) -> NDArray[Any]:
+        """The tensor of (checked) ``shape`` that a JSON array holds, flat or nested as its shape."""
+        text = bytes(raw)
+        if self.kind != "O" and (count := text.count(b",") + 1) != math.prod(shape):
+            raise self._miscounted(count, shape)  # before memory is taken for them
+        nested = len(shape) > 1 and _NESTED.match(text) is not None
+        try:
+            values = _decoder(self.kind, len(shape) if nested else 1).decode(text)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            raise self._unusable(error) from error
+        return self.from_values(values, shape, nested)
+
+    def from_values(self, values: Iterable[Any], shape: list[int], nested: bool = False) -> NDArray[Any]:
+        """The tensor of (checked) ``shape`` that Python ``values`` make up (text or bytes for BYTES)."""
+        try:
+            with np.errstate(over="ignore"):  # what overflows becomes infinite, and infinite is refused
+                array = np.array(values, dtype=self.dtype)
+            if self.kind == "O":
+                array = np.frompyfunc(_as_bytes, 1, 1)(array)
+        except (OverflowError, ValueError, TypeError) as error:
+            raise self._unusable(error) from error
+        if array.size != math.prod(shape) or (nested and list(array.shape) != shape):
+            raise self._miscounted(array.size, shape)
+        if self.kind == "f":
+            self.check_finite(array.ravel())
+        filled: NDArray[Any] = array.reshape(shape)
+        return filled
+
+    def _miscounted(self, count: int, shape: list[int]) -> DataError:
+        return DataError(f"{self.name!r} holds {count} values", expected=f"{math.prod(shape)} for the shape {shape}")
+
+    def _unusable(self, error: Exception) -> DataError:
+        return DataError(
+            f"the data of {self.name!r} is not usable ({error})",
+            expected=f"{self.spec.datatype}, flat or nested as its shape",
+        )
+
+
+def _as_bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value
+
+
+class Reader:
+    """Turns requests for a model that takes ``inputs`` and gives ``outputs`` into calls; made once for each model.
+
+    >>> reader = Reader([TensorSpec("x", "FP32", (-1, 2))], [TensorSpec("y", "FP32", (-1,))])
+    >>> body = b'{"id": "7", "inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2.5]}]}'
+    >>> call = reader.parse(body, {})
+    >>> (call.id, call.inputs["x"].tolist(), call.outputs, call.rows)
+    ('7', [[1.0, 2.5]], (Wanted(name='y', binary=False, classification=0),), 1)
+    """
+
+    def __init__(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        self.slots = {spec.name: Slot(spec) for spec in inputs}
+        self._first = self.inputs[0].name
+        self._free = [slot.name for slot in self.slots.values() if slot.free]
+        self._all = {binary: tuple(Wanted(spec.name, binary) for spec in outputs) for binary in (False, True)}
+        self._kinds = {spec.name: spec.dtype.kind for spec in outputs}
+
+    def parse(self, body: bytes, headers: Mapping[str, str]) -> Call:
+        """The call that ``body`` (decompressed) and its (lower-case) ``headers`` ask for.
+
+        Tensors come as JSON (flat or nested, row-major) or, with ``Inference-Header-Content-Length``, as
+        little-endian bytes after the JSON; length 0 means that all of ``body`` is the one tensor of a batch of one.
+        Raises :class:`~trilobe.errors.DataError` for whatever does not fit.
+        """
+        length = headers.get(HEADER_LENGTH)
+        at = len(body)
+        if length is not None:
+            at = _header_length(length, at)
+            if at == 0:
+                return self._parse_raw(body)
+        try:
+            request = _decode(body if length is None else body[:at])
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            raise DataError(f"the request is not usable JSON ({error})", expected="an inference request") from error
+        arrays: dict[str, NDArray[Any]] = {}
+        for tensor in request.inputs:
+            slot = self.slot(tensor.name, arrays)
+            slot.check(tensor.datatype, tensor.shape)
+            given, data = tensor.parameters, tensor.data
+            if given.shared_memory_region is not None:
+                raise _no_shared_memory(tensor.name)
+            size = given.binary_data_size
+            if size is not None:
+                if not isinstance(data, msgspec.UnsetType):
+                    raise DataError(f"{tensor.name!r} has data and a binary_data_size", expected="one of them")
+                arrays[tensor.name] = slot.from_bytes(body, at, size, tensor.shape)
+                at += size
+            elif isinstance(data, msgspec.UnsetType):
+                raise DataError(f"{tensor.name!r} has no data", expected="data, or parameters.binary_data_size")
+            else:
+                arrays[tensor.name] = slot.from_json(data, tensor.shape)
+        if at != len(body):
+            raise DataError(f"{len(body) - at} bytes follow the last binary tensor", expected="none")
+        parameters = request.parameters
+        if not parameters:
+            return self.call(request.id, arrays, self._wanted(request.outputs, False))
+        binary = parameters.pop("binary_data_output", False)
+        if not isinstance(binary, bool):
+            raise DataError("binary_data_output is not a boolean", expected="true or false")
+        return self.call(request.id, arrays, self._wanted(request.outputs, binary), parameters)
+
+    def slot(self, name: str, arrays: Arrays) -> Slot:
+        """Where input ``name`` belongs; refused where it is unknown, or among the ``arrays`` already."""
+        slot = self.slots.get(name)
+        if slot is None or name in arrays:
+            problem = f"unknown input {say(name)}" if slot is None else f"input {name!r} comes twice"
+            raise DataError(problem, expected=f"each of {list(self.slots)} once")
+        return slot
+
+    def call(
+        self, id: str | None, arrays: Arrays, outputs: tuple[Wanted, ...], parameters: Mapping[str, Any] = _NONE
+    ) -> Call:
+        """The call made of checked ``arrays``; refused where one is missing or they disagree on how many items come."""
+        if len(arrays) != len(self.slots):
+            missing = [name for name in self.slots if name not in arrays]
+            raise DataError(f"input {missing[0]!r} is missing", expected=f"each of {list(self.slots)} once")
+        shape = arrays[self._first].shape
+        rows = shape[0] if shape else 1
+        if len(self._free) > 1 and len({len(arrays[name]) for name in self._free}) > 1:
+            sizes = {name: len(arrays[name]) for name in self._free}
+            raise DataError(f"the inputs hold {sizes} items", expected="as many in each")
+        if not parameters:
+            return Call(id, arrays, outputs, _NONE, 0, None, rows)
+        own, priority, timeout = _read_parameters(parameters)
+        return Call(id, arrays, outputs, own, priority, timeout, rows)
+
+    def wanted(self, asked: Iterable[Wanted]) -> tuple[Wanted, ...]:
+        """The outputs ``asked`` for, checked; all of them as JSON where none is."""
+        outputs = tuple(asked)
+        for output in outputs:
+            kind = self._kinds.get(output.name)
+            if kind is None:
+                raise DataError(f"unknown output {say(output.name)}", expected=f"one of {list(self._kinds)}")
+            if output.classification and (output.classification < 0 or kind not in "uif"):
+                raise DataError(
+                    f"the best {say(output.classification)} classes of {output.name!r}",
+                    expected="1 or more, of numbers",
+                )
+        if len(outputs) > 1 and len({output.name for output in outputs}) != len(outputs):
+            raise DataError("an output is asked for twice", expected=f"each of {list(self._kinds)} at most once")
+        return outputs or self._all[False]
+
+    def _wanted(self, asked: list[_Output] | None, binary: bool) -> tuple[Wanted, ...]:
+        if not asked:
+            return self._all[binary]
+        outputs = []
+        for output in asked:
+            how = output.parameters
+            if how.shared_memory_region is not None:
+                raise _no_shared_memory(output.name)
+            own = binary if how.binary_data is None else how.binary_data
+            outputs.append(Wanted(output.name, own, how.classification))
+        return self.wanted(outputs)
+
+    def _parse_raw(self, body: bytes) -> Call:
+        """The single tensor that all of ``body`` is: a batch of one, with at most one more free size to work out."""
+        slot = self.slots[self._first]
+        shape = [1, *slot.tail]
+        if slot.kind == "O" and len(self.inputs) == 1 and shape == [1]:
+            return self.call(None, {slot.name: np.array([body], dtype=object)}, self._all[True])
+        if len(self.inputs) != 1 or shape.count(-1) > 1:
+            raise DataError(
+                "a raw body without a description", expected="a model with one input and at most one free size per item"
+            )
+        if -1 in shape:
+            known = -math.prod(shape) * slot.itemsize
+            shape[shape.index(-1)] = max(1, len(body) // known)
+        slot.check(slot.spec.datatype, shape)
+        if slot.kind != "O" and len(body) != math.prod(shape) * slot.itemsize:
+            expected = f"one {slot.spec.datatype} item of {list(slot.spec.shape)}"
+            raise DataError(f"a raw body of {len(body)} bytes", expected=expected)
+        return self.call(None, {slot.name: slot.from_bytes(body, 0, len(body), shape)}, self._all[True])
+
+
+def parse_request(
+    body: bytes, headers: Mapping[str, str], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> Call:
+    """One request, by a :class:`Reader` of its own.
+
+    >>> spec = TensorSpec("x", "FP32", (-1, 2))
+    >>> parse_request(np.ones(2, "<f4").tobytes(), {HEADER_LENGTH: "0"}, [spec], [spec]).inputs
+    {'x': array([[1., 1.]], dtype=float32)}
+    """
+    return Reader(inputs, outputs).parse(body, headers)
+
+
+def _header_length(text: str, n_bytes: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= n_bytes):
-        raise DataError(f"Inference-Header-Content-Length is {text!r}", expected=f"0 to {n_bytes}, the body's length")
+        raise DataError(
+            f"Inference-Header-Content-Length is {say(text)}", expected=f"0 to {n_bytes}, the body's length"
+        )
     return int(text)
 
 
-def _json_array(tensor: _Tensor, spec: TensorSpec) -> NDArray[Any]:
-    if isinstance(tensor.data, msgspec.UnsetType):
-        raise DataError(f"{tensor.name!r} has no data", expected="data, or parameters.binary_data_size")
-    raw = memoryview(tensor.data)
-    nested = len(spec.shape) > 1 and _NESTED.match(raw) is not None
+def _no_shared_memory(name: str) -> DataError:
+    return DataError(f"{say(name)} is in shared memory", expected="data in the request, or after it as bytes")
+
+
+_TYPES: dict[str, tuple[type, ...]] = {"sequence_id": (str, int), "sequence_start": (bool,), "sequence_end": (bool,)}
+
+
+def _read_parameters(parameters: Mapping[str, Any]) -> tuple[Mapping[str, Any], int, float | None]:
+    """The client's own parameters (with ``sequence_*``), the priority, and the timeout in seconds."""
+    own: dict[str, Any] = {}
+    whole = {"priority": 0, "timeout": 0}
+    for name, value in parameters.items():
+        if name in whole:
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 64:
+                raise DataError(f"the parameter {say(name)} is {say(value)}", expected="a whole number from 0")
+            whole[name] = value
+        elif name.startswith("triton_"):
+            raise DataError(f"the parameter {say(name)}", expected="a name that does not begin with triton_")
+        elif name in _TYPES and type(value) not in _TYPES[name]:
+            kinds = " or ".join(kind.__name__ for kind in _TYPES[name])
+            raise DataError(f"the parameter {say(name)} is {say(value)}", expected=kinds)
+        else:
+            own[name] = value
+    return own, whole["priority"], whole["timeout"] / 1e6 or None
+
+
+# --- from arrays to bytes -------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """Turns results into answers in the name of model ``name`` in ``version``; made once for each.
+
+    ``labels`` gives outputs names of their classes, for those who ask for the best classes only.
+
+    >>> writer = Writer([TensorSpec("y", "FP32", (-1, 2))], "m", "v1", {"y": ["cat", "dog"]})
+    >>> call, y = Call("7", {}, (Wanted("y", False),)), np.array([[0.5, 0.25]], np.float32)
+    >>> writer.encode(call, {"y": y})[1].decode()
+    '{"model_name":"m","model_version":"v1","outputs":[{"name":"y","shape":[1,2],"datatype":"FP32","data":[0.5,0.25]}],"id":"7"}'
+    >>> best = Call(None, {}, (Wanted("y", False, 1),))
+    >>> msgspec.json.decode(writer.encode(best, {"y": y})[1])["outputs"]
+    [{'name': 'y', 'shape': [1, 1], 'datatype': 'BYTES', 'data': ['0.500000:0:cat']}]
+    """
+
+    def __init__(
+        self,
+        outputs: Sequence[TensorSpec],
+        name: str,
+        version: str,
+        labels: Mapping[str, Sequence[str]] = _NONE,
+    ) -> None:
+        self.name, self.version, self.labels = name, version, labels
+        self._types = {spec.name: (spec.datatype, spec.dtype) for spec in outputs}
+
+    def tensor(self, wanted: Wanted, results: Arrays) -> tuple[NDArray[Any], str, np.dtype[Any]]:
+        """A wanted output, its datatype and the dtype to pack it with: what the model gave, or its best classes."""
+        array = results[wanted.name]
+        if wanted.classification:
+            return classify(array, wanted.classification, self.labels.get(wanted.name, ())), "BYTES", _OBJECT
+        return array, *self._types[wanted.name]
+
+    def encode(
+        self, call: Call, results: Arrays, parameters: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, str], bytes]:
+        """Headers and body of the answer to ``call``: its id, the outputs it wanted, ``parameters`` where there are."""
+        described: list[_Described] = []
+        blobs: list[bytes] = []
+        for wanted in call.outputs:
+            array, datatype, dtype = self.tensor(wanted, results)
+            if wanted.binary:
+                blob = pack(array, dtype)
+                blobs.append(blob)
+                described.append(_Described(wanted.name, array.shape, datatype, _Size(len(blob))))
+            else:
+                described.append(_Described(wanted.name, array.shape, datatype, data=_json_values(wanted.name, array)))
+        head = _encode(
+            _Answer(
+                self.name,
+                self.version,
+                described,
+                msgspec.UNSET if call.id is None else call.id,
+                parameters or msgspec.UNSET,
+            )
+        )
+        if not blobs:
+            return {"content-type": "application/json"}, head
+        headers = {"content-type": "application/octet-stream", HEADER_LENGTH: str(len(head))}
+        return headers, b"".join([head, *blobs])
+
+
+def encode_response(
+    call: Call,
+    results: Arrays,
+    outputs: Sequence[TensorSpec],
+    name: str,
+    version: str,
+    parameters: Mapping[str, Any] | None = None,
+    labels: Mapping[str, Sequence[str]] = _NONE,
+) -> tuple[dict[str, str], bytes]:
+    """One answer, by a :class:`Writer` of its own.
+
+    >>> call, spec = Call(None, {}, (Wanted("y", True),)), TensorSpec("y", "UINT8", (-1,))
+    >>> encode_response(call, {"y": np.array([7], np.uint8)}, [spec], "m", "v1")[1][-1]
+    7
+    """
+    return Writer(outputs, name, version, labels).encode(call, results, parameters)
+
+
+_OBJECT = np.dtype(object)
+
+
+def classify(array: NDArray[Any], count: int, labels: Sequence[str] = ()) -> NDArray[Any]:
+    """The ``count`` highest entries of each item as Triton writes them: ``value:index`` or ``value:index:label``.
+
+    ``array`` is ``(n, ...)``, everything after the first axis counts as classes; the result is ``(n, k)`` of bytes,
+    k = the smaller of ``count`` and the number of classes, highest first, the earlier of equals first. Floats have six
+    decimals, as C's ``%f`` (Triton's classification extension, ``TopkClassifications``).
+
+    >>> classify(np.array([[1, 5, 10, 4]]), 2, ["pear", "pickle", "apple"]).tolist()
+    [[b'10:2:apple', b'5:1:pickle']]
+    """
+    rows = array.reshape(len(array), -1)
+    width = rows.shape[1]
+    order = (width - 1 - np.argsort(rows[:, ::-1], axis=1, kind="stable"))[:, ::-1][:, :count]
+    form = "%f:%d" if array.dtype.kind == "f" else "%d:%d"
+    names = [f":{label}" for label in labels[:width]]
+    names += [""] * (width - len(names))
+    best = np.empty(order.shape, dtype=object)
+    for i, indices in enumerate(order.tolist()):
+        best[i] = [(form % (rows[i, j], j) + names[j]).encode() for j in indices]
+    return best
+
+
+def _json_values(name: str, array: NDArray[Any]) -> list[Any]:
+    values: list[Any] = array.ravel().tolist()
     try:
-        values = _decoder(spec.dtype.kind, len(spec.shape) if nested else 1).decode(raw)
-        with np.errstate(over="ignore"):  # what overflows becomes infinite, and infinite is refused
-            array = np.array(values, dtype=spec.dtype)
-        if spec.dtype.kind == "O":
-            array = np.frompyfunc(str.encode, 1, 1)(array)
-    except (msgspec.MsgspecError, RecursionError, OverflowError, ValueError) as error:
-        raise DataError(
-            f"the data of {tensor.name!r} is not usable ({error})",
-            expected=f"{spec.datatype}, flat or nested as its shape",
-        ) from error
-    if array.size != math.prod(tensor.shape) or (nested and list(array.shape) != tensor.shape):
-        raise DataError(
-            f"{tensor.name!r} holds {array.size} values", expected=f"{math.prod(tensor.shape)} for {tensor.shape}"
-        )
-    shaped: NDArray[Any] = array.reshape(tensor.shape)
-    return shaped
+        return [v.decode() for v in values] if array.dtype.kind == "O" else values
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name!r} holds bytes that are no text", expected="binary_data: true for them") from error
 
 
-def _binary_array(tensor: _Tensor, spec: TensorSpec, rest: memoryview, size: Any) -> NDArray[Any]:
-    if not isinstance(tensor.data, msgspec.UnsetType):
-        raise DataError(f"{tensor.name!r} has data and a binary_data_size", expected="one of them")
-    free = spec.dtype.kind == "O"
-    expected = size if free else math.prod(tensor.shape) * spec.dtype.itemsize
-    if not isinstance(size, int) or isinstance(size, bool) or size != expected or not 0 <= size <= len(rest):
-        raise DataError(
-            f"{tensor.name!r} has the binary_data_size {size!r} with {len(rest)} bytes left in the body",
-            expected=f"{'as many' if free else expected} bytes for {tensor.shape} {spec.datatype}",
-        )
-    try:
-        return unpack(rest[:size], spec.dtype, tensor.shape)
-    except DataError as error:
-        raise DataError(f"{tensor.name!r} has {error.problem}", expected=error.expected) from error
+# --- content codings ------------------------------------------------------------------------------------------------
 
 
-def _raw_tensor(body: bytes, inputs: Sequence[TensorSpec]) -> NDArray[Any]:
-    """The single tensor that all of ``body`` is: a batch of one, with at most one more free size to work out."""
-    spec = inputs[0]
-    shape = [1, *spec.shape[1:]]
-    if spec.dtype.kind == "O" and len(inputs) == 1 and shape == [1]:
-        return np.array([body], dtype=object)
-    if len(inputs) != 1 or shape.count(-1) > 1:
-        raise DataError(
-            "a raw body without a description", expected="a model with one input and at most one free size per item"
-        )
-    if -1 in shape:
-        known = -math.prod(shape) * spec.dtype.itemsize
-        shape[shape.index(-1)] = max(1, len(body) // known)
-    if len(body) != math.prod(shape) * spec.dtype.itemsize:
-        raise DataError(f"a raw body of {len(body)} bytes", expected=f"one {spec.datatype} item of {list(spec.shape)}")
-    array = unpack(memoryview(body), spec.dtype, shape)
-    spec.check(array)
-    return array
-
-
-def _wanted(request: _Request, names: Sequence[str]) -> tuple[tuple[str, bool], ...]:
-    default = request.parameters.get("binary_data_output", False)
-    asked = [_Output(name) for name in names] if not request.outputs else request.outputs
-    if len({output.name for output in asked}) != len(asked):
-        raise DataError("an output is asked for twice", expected=f"each of {list(names)} at most once")
-    for output in asked:
-        if output.name not in names:
-            raise DataError(f"unknown output {output.name!r}", expected=f"one of {list(names)}")
-        if "classification" in output.parameters:
-            raise DataError("the 'classification' parameter is not supported", expected="all values, sorted by you")
-        if not isinstance(output.parameters.get("binary_data", default), bool):
-            raise DataError("binary_data is not a boolean", expected="true or false")
-    return tuple((output.name, output.parameters.get("binary_data", default)) for output in asked)
+_WINDOWS = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
 
 
 def decompress(body: bytes, encoding: str, limit: int) -> bytes:
@@ -242,53 +550,55 @@ def decompress(body: bytes, encoding: str, limit: int) -> bytes:
     """
     if encoding in ("", "identity"):
         return body
-    if encoding not in ("gzip", "deflate"):
-        raise Refused(415, f"the content encoding {encoding!r}", expected="gzip, deflate or none")
-    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | (16 if encoding == "gzip" else 0))
+    if encoding not in _WINDOWS:
+        raise Refused(415, f"the content encoding {say(encoding)}", expected="gzip, deflate or none")
+    unpacker = zlib.decompressobj(wbits=_WINDOWS[encoding])
     try:
         data = unpacker.decompress(body, limit + 1)
     except zlib.error as error:
         raise DataError(f"the body is not {encoding} ({error})", expected="a whole compressed body") from error
     if len(data) > limit:
-        raise _too_large(limit)
+        raise Refused(
+            413, "the body is too large", expected=f"at most {limit} bytes decompressed", hint="send smaller batches"
+        )
     if not unpacker.eof or unpacker.unused_data:
         raise DataError(f"the {encoding} body does not end where it should", expected="a whole compressed body")
     return data
 
 
-def encode_response(
-    call: Call, results: Arrays, outputs: Sequence[TensorSpec], name: str, version: str
-) -> tuple[dict[str, str], bytes]:
-    """Headers and body of the answer to ``call``: its id, the model's name and version, the outputs it wanted.
+def compress(body: bytes, accept: str) -> tuple[str, bytes]:
+    """The content coding chosen by ``accept`` (an ``Accept-Encoding`` header) and ``body`` in it.
 
-    >>> call, spec = Call("7", {}, (("y", False),)), TensorSpec("y", "FP32", (-1,))
-    >>> encode_response(call, {"y": np.array([0.5], np.float32)}, [spec], "m", "v1")[1].decode()
-    '{"model_name":"m","model_version":"v1","outputs":[{"name":"y","shape":[1],"datatype":"FP32","data":[0.5]}],"id":"7"}'
+    The coding is ``""`` and the body as it was where the client did not ask, where it is short, or where packing
+    would not make it smaller. Fast rather than small (level 1). Of what weighs the same, gzip.
+
+    >>> compress(bytes(5000), "br, deflate;q=0.5, gzip;q=0.8")[0]
+    'gzip'
+    >>> compress(b"short", "gzip")
+    ('', b'short')
     """
-    specs = {spec.name: spec for spec in outputs}
-    described: list[dict[str, Any]] = []
-    blobs: list[bytes] = []
-    for key, binary in call.outputs:
-        array = results[key]
-        tensor: dict[str, Any] = {"name": key, "shape": array.shape, "datatype": specs[key].datatype}
-        if binary:
-            blobs.append(pack(array, specs[key].dtype))
-            described.append({**tensor, "parameters": {"binary_data_size": len(blobs[-1])}})
-        else:
-            described.append({**tensor, "data": _json_values(key, array)})
-    answer: dict[str, Any] = {"model_name": name, "model_version": version, "outputs": described}
-    if call.id is not None:
-        answer["id"] = call.id
-    head = msgspec.json.encode(answer)
-    if not blobs:
-        return {"content-type": "application/json"}, head
-    headers = {"content-type": "application/octet-stream", HEADER_LENGTH: str(len(head))}
-    return headers, b"".join([head, *blobs])
+    if len(body) < COMPRESS_FROM or not accept:
+        return "", body
+    coding = _chosen(accept)
+    if not coding:
+        return "", body
+    packer = zlib.compressobj(1, zlib.DEFLATED, _WINDOWS[coding])
+    packed = packer.compress(body) + packer.flush()
+    return (coding, packed) if len(packed) < len(body) else ("", body)
 
 
-def _json_values(name: str, array: NDArray[Any]) -> list[Any]:
-    values: list[Any] = array.ravel().tolist()
-    try:
-        return [v.decode() for v in values] if array.dtype.kind == "O" else values
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name!r} holds bytes that are no text", expected="binary_data: true for them") from error
+@lru_cache(maxsize=64)
+def _chosen(accept: str) -> str:
+    """The best of our codings by an ``Accept-Encoding`` header (RFC 9110, 12.5.3), "" for none."""
+    weights: dict[str, float] = {}
+    for part in accept.lower().split(","):
+        coding, _, rest = part.strip().partition(";")
+        key, _, text = rest.strip().partition("=")
+        try:
+            weights[coding.strip()] = float(text) if key.strip() == "q" else 1.0
+        except ValueError:
+            weights[coding.strip()] = 0.0
+    other = weights.get("*", 0.0)
+    best = max(_WINDOWS, key=lambda coding: weights.get(coding, other))
+    weight = weights.get(best, other)
+    return best if weight > 0 and weight >= weights.get("identity", 0.0) else ""

@@ -154,12 +154,17 @@ def encode(images: Sequence[Pixels] | Pixels, preprocessing: Mapping[str, Any]) 
             raise UsageError(
                 f"an image of shape {pixels.shape} and type {pixels.dtype}", expected="(height, width, 1 or 3) uint8"
             )
-        out[i] = _fit_size(_fit_channels(pixels, channels), height, width).transpose(2, 0, 1)
+        out[i] = _fit_size(fit_channels(pixels, channels), height, width).transpose(2, 0, 1)
     out /= 255
     return out
 
 
-def _fit_channels(pixels: Pixels, channels: int) -> Pixels:
+def fit_channels(pixels: Pixels, channels: int) -> Pixels:
+    """Gray pixels as RGB, or RGB as gray, where that is what is wanted.
+
+    >>> fit_channels(np.zeros((2, 2, 3), dtype=np.uint8), 1).shape
+    (2, 2, 1)
+    """
     if pixels.shape[2] == channels:
         return pixels
     if channels == 3:

@@ -3,6 +3,8 @@
 No torch, unless a frozen encoder needs it.
 """
 
+import json
+
 import numpy as np
 
 from trilobe.infrastructure.bundle import read_bytes, read_json
@@ -21,7 +23,7 @@ def servable(bundle: Bundle) -> Servable:
     """
     preprocessing = read_json(bundle, "preprocessing.json")
     temperature = float(read_json(bundle, "calibration.json")["temperature"])
-    n_classes = len(read_json(bundle, "labels.json")["names"])
+    names = read_json(bundle, "labels.json")["names"]
 
     def prepare(arrays: Arrays) -> Arrays:
         return {"rows": objects(list(encode(sent_texts(arrays), preprocessing)))}
@@ -32,6 +34,8 @@ def servable(bundle: Bundle) -> Servable:
     return Servable(
         Pipeline([("preprocess", prepare), graph_step(read_bytes(bundle, "model.onnx")), ("calibrate", calibrate)]),
         inputs=(TensorSpec("text", "BYTES", (-1,)),),
-        outputs=(TensorSpec("proba", "FP32", (-1, n_classes)),),
+        outputs=(TensorSpec("proba", "FP32", (-1, len(names))),),
         warmup={"text": objects([b"Warm up."])},
+        preparation=json.dumps(preprocessing, sort_keys=True),
+        labels={"proba": names},
     )

@@ -1,0 +1,249 @@
+"""Pipelines of several steps over one request: a graph that is declared, or a Python function that calls steps.
+
+Both are a :class:`Flow`: what goes in, what comes out, the steps it may call, and an async function that calls them.
+A step is a model served beside it (by name, so a swap reaches the flow at once) or a function. Each has its own queue
+and its own batches, across all requests and flows that call it; a function may branch, loop and stop early between
+calls. A request holds each array once, whoever reads it, and models with equal preparations share that too.
+
+:func:`graph` makes a flow from a declaration, and checks it: names, datatypes, shapes, circles.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
+from typing import Any
+
+from numpy.typing import NDArray
+
+from trilobe.errors import DataError, ServeError, TrilobeError, UsageError
+from trilobe.infrastructure.pipeline import Arrays, TensorSpec
+
+Step = Callable[..., Awaitable[dict[str, NDArray[Any]]]]
+FlowFunction = Callable[..., Awaitable[Mapping[str, NDArray[Any]]]]
+Known = Mapping[str, tuple[Sequence[TensorSpec], Sequence[TensorSpec]]]  # of each step: what it takes, what it gives
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A step in Python: arrays of n rows by name in, arrays of n rows by name out.
+
+    Requests that ``joins`` are computed together; where the rows of one must be alike, keep them apart.
+    """
+
+    name: str
+    run: Callable[..., Mapping[str, NDArray[Any]]]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    joins: bool = True
+
+    def __call__(self, data: Arrays) -> dict[str, NDArray[Any]]:
+        """The declared outputs, checked; whatever else goes wrong is a ``ServeError`` that names the step."""
+        try:
+            made = self.run(**{spec.name: data[spec.name] for spec in self.inputs})
+            for spec in self.outputs:
+                if spec.name not in made:
+                    raise ServeError(f"step {self.name!r} gave no {spec.name!r}", expected=f"one of {sorted(made)}")
+                try:
+                    spec.check(made[spec.name])
+                except DataError as error:
+                    raise ServeError(f"step {self.name!r} gave {error.problem}", expected=error.expected) from error
+        except DataError as error:
+            raise DataError(f"step {self.name!r}: {error.problem}", expected=error.expected, hint=error.hint) from error
+        except TrilobeError:
+            raise
+        except Exception as error:
+            raise ServeError(f"step {self.name!r} failed: {type(error).__name__}: {error}") from error
+        return {spec.name: made[spec.name] for spec in self.outputs}
+
+
+def function(
+    inputs: Mapping[str, str], outputs: Mapping[str, str], joins: bool = True
+) -> Callable[[Callable[..., Any]], Function]:
+    """Declare a Python function as a step: what it takes and gives, in the short form of :class:`TensorSpec`.
+
+    >>> import numpy as np
+    >>> @function({"x": "FP32[-1]"}, {"y": "FP32[-1]"})
+    ... def double(x):
+    ...     return {"y": 2 * x}
+    >>> double({"x": np.ones(2, np.float32)})
+    {'y': array([2., 2.], dtype=float32)}
+    """
+
+    def declare(run: Callable[..., Any]) -> Function:
+        return Function(run.__name__, run, _specs(inputs), _specs(outputs), joins)
+
+    return declare
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Several steps behind one name.
+
+    ``steps`` are the names it calls them by: a :class:`Function`, or the name of a model served beside it. ``run`` gets
+    one awaitable callable for each step and the request's arrays, all by name. ``check`` holds it against what its
+    steps take and give now, and says what it gives itself (default: nothing to hold, ``outputs``).
+    """
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    steps: Mapping[str, "Function | str"]
+    run: FlowFunction
+    check: Callable[[Known], tuple[TensorSpec, ...]] | None = None
+
+
+def flow(
+    inputs: Mapping[str, str], outputs: Mapping[str, str], steps: Sequence["Function | str"]
+) -> Callable[[FlowFunction], Flow]:
+    """Declare an async function as a pipeline; it gets its steps and its inputs by name.
+
+    >>> @flow({"image": "UINT8[-1,28,28,1]"}, {"proba": "FP32[-1,10]"}, steps=["small", "large"])
+    ... async def careful(small, large, image):
+    ...     first = await small(image=image)
+    ...     return first if first["proba"].max(axis=1).min() > 0.9 else await large(image=image)
+    >>> careful.name, list(careful.steps)
+    ('careful', ['small', 'large'])
+    """
+    named = {step if isinstance(step, str) else step.name: step for step in steps}
+
+    def declare(run: FlowFunction) -> Flow:
+        if both := set(named) & set(inputs):
+            raise UsageError(f"pipeline {run!r} calls a step and an input {min(both)!r}", expected="names of their own")
+        return Flow(getattr(run, "__name__", "flow"), _specs(inputs), _specs(outputs), named, run)
+
+    return declare
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One step of a graph: what runs, and where each of its inputs comes from: ``"input"`` or ``"step.output"``."""
+
+    step: "Function | str"
+    inputs: Mapping[str, str]
+
+
+def graph(name: str, inputs: Mapping[str, str], outputs: Mapping[str, str], nodes: Mapping[str, Node]) -> Flow:
+    """A flow from a declaration; steps without a path between them run side by side.
+
+    Args:
+        name: what clients call.
+        inputs: the request's tensors, ``{"photo": "BYTES[-1]"}``.
+        outputs: what each output of the answer is, ``{"kind": "classify.proba"}``.
+        nodes: the steps by name.
+
+    Returns:
+        A flow whose ``check`` holds it against the models that are there.
+
+    Raises:
+        UsageError: a circle, an unknown name. The error names the step.
+
+    >>> graph("loop", {"x": "FP32[-1]"}, {"y": "b.y"}, {"a": Node("m", {"x": "b.y"}), "b": Node("m", {"x": "a.y"})})
+    Traceback (most recent call last):
+    trilobe.errors.UsageError: pipeline 'loop' goes in a circle: a -> b -> a; ...
+    """
+    declared = _specs(inputs)
+    order = _order(name, inputs, outputs, nodes)
+
+    async def run(**given: Any) -> Mapping[str, NDArray[Any]]:
+        running: dict[str, asyncio.Task[dict[str, NDArray[Any]]]] = {}
+
+        async def value(ref: str) -> NDArray[Any]:
+            start, dot, rest = ref.partition(".")
+            array: NDArray[Any] = (await running[start])[rest] if dot else given[start]
+            return array
+
+        async def one(node: Node, call: Step) -> dict[str, NDArray[Any]]:
+            return await call(**{key: await value(ref) for key, ref in node.inputs.items()})
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for step in order:
+                    running[step] = group.create_task(one(nodes[step], given[step]))
+        except ExceptionGroup as failures:
+            raise _first(failures) from None
+        return {key: await value(ref) for key, ref in outputs.items()}
+
+    def check(known: Known) -> tuple[TensorSpec, ...]:
+        given = {spec.name: spec for spec in declared}
+        for step in order:
+            takes, gives = known[step]
+            where = f"pipeline {name!r}: step {step!r}"
+            if {spec.name for spec in takes} != set(nodes[step].inputs):
+                raise UsageError(
+                    f"{where} gets {sorted(nodes[step].inputs)}", expected=f"exactly {sorted(s.name for s in takes)}"
+                )
+            for spec in takes:
+                ref = nodes[step].inputs[spec.name]
+                source = _found(given, ref, where)
+                if not spec.takes(source):
+                    raise UsageError(
+                        f"{where} reads {ref!r}, {_short(source)}, as {spec.name!r}", expected=_short(spec)
+                    )
+            given |= {f"{step}.{spec.name}": spec for spec in gives}
+        found = [(key, _found(given, ref, f"pipeline {name!r}: output {key!r}")) for key, ref in outputs.items()]
+        return tuple(TensorSpec(key, spec.datatype, spec.shape) for key, spec in found)
+
+    return Flow(name, declared, (), {n: node.step for n, node in nodes.items()}, run, check)
+
+
+def _order(name: str, inputs: Mapping[str, str], outputs: Mapping[str, str], nodes: Mapping[str, Node]) -> list[str]:
+    """The steps in an order in which they can run; refused where there is none or something reads what is not there."""
+    sources = [(f"step {n!r}", ref) for n, node in nodes.items() for ref in node.inputs.values()]
+    for where, ref in [*sources, *((f"output {key!r}", ref) for key, ref in outputs.items())]:
+        start, dot, _ = ref.partition(".")
+        if start not in (nodes if dot else inputs):
+            what = f"steps: {sorted(nodes)}" if dot else f"inputs {sorted(inputs)}, or a step's output: step.output"
+            raise UsageError(
+                f"pipeline {name!r}: {where} reads {ref!r}, which is not there", expected=f"one of its {what}"
+            )
+    if both := set(nodes) & set(inputs):
+        raise UsageError(f"pipeline {name!r} calls a step and an input {min(both)!r}", expected="names of their own")
+    needs = {n: {ref.split(".")[0] for ref in node.inputs.values() if "." in ref} for n, node in nodes.items()}
+    try:
+        return list(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        raise UsageError(
+            f"pipeline {name!r} goes in a circle: {' -> '.join(error.args[1])}",
+            expected="steps that can run in some order",
+        ) from error
+
+
+def _found(given: Mapping[str, TensorSpec], ref: str, where: str) -> TensorSpec:
+    if ref not in given:
+        start = ref.partition(".")[0]
+        has = sorted(key for key in given if key.partition(".")[0] == start)
+        raise UsageError(f"{where} reads {ref!r}, which is not there", expected=f"one of {has}")
+    return given[ref]
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    """The error that began it: the tasks beside it were only cancelled."""
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+def _short(spec: TensorSpec) -> str:
+    return f"{spec.datatype}{list(spec.shape)}"
+
+
+def _specs(declared: Mapping[str, str]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec.parse(name, text) for name, text in declared.items())
+
+
+def find(path: str) -> Any:
+    """What ``module:name`` stands for.
+
+    >>> find("math:pi")
+    3.141592653589793
+    """
+    module, colon, name = path.partition(":")
+    try:
+        if not colon:
+            raise UsageError(f"{path!r} names nothing", expected='"module:name"')
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"{path!r} cannot be found ({error})", expected='"module:name" that can be imported'
+        ) from error

@@ -1,0 +1,353 @@
+"""The server: from a request's path to what answers it. No sockets here, and no framework.
+
+:class:`Server` holds the models of a process and answers requests about them: the Open Inference Protocol v2 with
+Triton's extensions (binary tensors, classification, statistics, model configuration, model repository), metrics, and a
+description of all of it. ``http.py``, ``asgi.py`` and ``grpc.py`` bring requests; all of them end in :meth:`infer`.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, cast
+
+from numpy.typing import NDArray
+
+from trilobe import __version__
+from trilobe.errors import TrilobeError
+from trilobe.infrastructure.capture import CaptureLog
+from trilobe.infrastructure.endpoint import Wish
+from trilobe.infrastructure.pipeline import Arrays, Servable, TensorSpec
+from trilobe.infrastructure.serve.access import Client, Gate
+from trilobe.infrastructure.serve.batching import Batching, Scheduler, blame
+from trilobe.infrastructure.serve.graph import Flow
+from trilobe.infrastructure.serve.http import Reply, Request, json_reply
+from trilobe.infrastructure.serve.metrics import Meters
+from trilobe.infrastructure.serve.models import AnyVersion, Load, Model, Repository
+from trilobe.infrastructure.serve.protocol import Call, Refused, compress, decompress
+
+MAX_BODY = 16 * 1024 * 1024
+LARGE = 256 * 1024  # bytes of a body that is parsed beside the event loop, not in it
+EXTENSIONS = ("binary_tensor_data", "classification", "statistics", "model_configuration", "model_repository")
+logger = logging.getLogger(__name__)
+
+
+class Result(NamedTuple):
+    """An answer before it is encoded: the outputs by name, and who gave them."""
+
+    outputs: Mapping[str, NDArray[Any]]
+    version: AnyVersion
+    parameters: Mapping[str, Any]
+
+
+class Control(NamedTuple):
+    """How a client with the right to do so changes what is served: by name, the outcome in words ("" is good)."""
+
+    load: Callable[[str], Awaitable[str]]
+    unload: Callable[[str], Awaitable[str]]
+
+
+class Server:
+    """Everything that answers in one process. Must be made inside a running event loop.
+
+    Args:
+        name: the endpoint's own name, which the wish "" stands for.
+        load: what a bundle means.
+        captures: where a share of the traffic is kept.
+        max_body: bytes of a request, compressed or not.
+        flows: pipelines of several models.
+        batching: how the models of that name are run.
+        meters: where figures are kept; in memory by default.
+        gate: who may do what; anybody anything by default.
+        threads: how many computations may run beside each other (default: as many as there are cores).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        load: Load,
+        captures: CaptureLog | None = None,
+        max_body: int = MAX_BODY,
+        flows: Sequence[Flow] = (),
+        batching: Mapping[str, Batching] | None = None,
+        meters: Meters | None = None,
+        gate: Gate | None = None,
+        threads: int = 0,
+    ) -> None:
+        self.name, self.captures, self.max_body = name, captures, max_body
+        self.meters, self.gate = meters or Meters(None), gate or Gate(None)
+        self.scheduler = Scheduler(threads)
+        watch = None if captures is None or captures.rate == 0 else self._watch
+        self.repository = Repository(load, self.scheduler, self.meters, batching, watch, flows)
+        self.control: Control | None = None
+        self._diary = ThreadPoolExecutor(1, thread_name_prefix="captures")
+
+    async def apply(self, wishes: Mapping[str, Wish]) -> None:
+        """Make what is served agree with ``wishes``; see :meth:`Repository.apply`."""
+        await self.repository.apply({name or self.name: wish for name, wish in wishes.items()})
+
+    def close(self) -> None:
+        """Make the captures durable and end the threads; nothing may be under way any more."""
+        self.scheduler.close()
+        self._diary.shutdown(wait=True)
+        if self.captures is not None:
+            self.captures.close()
+
+    # --- what every front end calls
+
+    def infer(
+        self,
+        name: str,
+        version: "str | AnyVersion",
+        call: Call,
+        finish: Callable[[Result], Any] = lambda result: result,
+        input_ns: int = 0,
+    ) -> "asyncio.Future[Any]":
+        """A future of the answer to ``call``, or of what ``finish`` makes of it where it was computed.
+
+        ``version`` is an id, "" for whichever has its turn, or what :meth:`choose` gave.
+        """
+        model = self.repository.model(name)
+        chosen = model.choose(version) if isinstance(version, str) else version
+        return self.repository.answer(
+            model, chosen, call, lambda outputs: finish(Result(outputs, chosen, {})), input_ns
+        )
+
+    def choose(self, name: str, version: str = "") -> AnyVersion:
+        """The version whose turn it is to answer a call by that name; raises :class:`Refused` where there is none."""
+        return self.repository.model(name).choose(version)
+
+    def model(self, name: str, version: str = "") -> AnyVersion:
+        """What answers most calls by that name (and version); raises :class:`Refused` where nothing would."""
+        model = self.repository.model(name)
+        return model.choose(version or model.current)
+
+    def _watch(self, bundle_id: str, servable: Servable, inputs: Arrays, outputs: Mapping[str, NDArray[Any]]) -> None:
+        """Keep rows of the first input and the first output: behind the answers, in the one thread that may."""
+        self._diary.submit(self._capture, bundle_id, inputs[servable.inputs[0].name], outputs[servable.outputs[0].name])
+
+    def _capture(self, bundle_id: str, inputs: NDArray[Any], outputs: NDArray[Any]) -> None:
+        captures = cast("CaptureLog", self.captures)
+        dropped = captures.dropped
+        try:
+            captures.append(bundle_id, inputs, outputs)
+        except TrilobeError as error:
+            logger.warning("a request was not captured: %s", error)
+        if captures.dropped > dropped:
+            self.meters.count("trilobe_captures_dropped_total", captures.dropped - dropped)
+
+    # --- HTTP
+
+    def handle(self, request: Request) -> "Reply | asyncio.Future[Reply]":
+        """The answer to a request, or a future of it. Whatever is wrong is raised; :meth:`explain` puts it in words."""
+        client = self.gate.client(request.headers, request.peer)
+        parts = request.parts
+        if parts[:2] == ["v2", "models"] and len(parts) > 2:
+            return self._model(parts[2], parts[3:], request, client)
+        if parts[:2] == ["v2", "repository"]:
+            return self._administer(parts[2:], request, client)
+        return self._about(parts, request, client)
+
+    def explain(self, error: BaseException) -> Reply:
+        """The reply for what :meth:`handle`, or its future, raised."""
+        status, words = blame(error)
+        if status == 500:
+            logger.error("a request failed", exc_info=error)
+        status, headers, body = json_reply(status, {"error": words})
+        return status, headers | (dict(error.headers) if isinstance(error, Refused) else {}), body
+
+    def _about(self, parts: list[str], request: Request, client: Client) -> Reply:
+        match parts:
+            case ["v2"]:
+                answer: Any = {"name": "trilobe", "version": __version__, "extensions": EXTENSIONS}
+            case ["v2", "health", "live"]:
+                answer = {"live": True}
+            case ["v2", "health", "ready"]:
+                answer = {"ready": True}
+            case ["v2", "models", "stats"]:
+                answer = {"model_stats": [self._statistics(v) for v in self._versions()]}
+            case ["v2", "openapi.json"]:
+                from trilobe.infrastructure.serve.openapi import describe
+
+                answer = describe(self._versions())
+            case ["metrics"]:
+                allow(request, "GET", "HEAD")
+                client.require("metrics")
+                return 200, {"content-type": "text/plain; version=0.0.4; charset=utf-8"}, self.meters.render().encode()
+            case _:
+                raise Refused(
+                    404, f"there is nothing at {request.path!r}", expected="a path of the Open Inference Protocol v2"
+                )
+        allow(request, "GET", "HEAD")
+        if parts[-1] == "ready" and not self.repository.ready:
+            self.repository.model(self.name).choose() if self.name in self.repository.models else None
+            raise Refused(503, "not everything that should be served is ready", headers={"retry-after": "1"})
+        return json_reply(200, answer)
+
+    def _model(self, name: str, rest: list[str], request: Request, client: Client) -> "Reply | asyncio.Future[Reply]":
+        version, rest = (rest[1], rest[2:]) if rest[:1] == ["versions"] and len(rest) > 1 else ("", rest)
+        if rest == ["infer"]:
+            allow(request, "POST")
+            client.require("infer", name)
+            return self._infer(name, version, request, client)
+        if rest not in ([], ["ready"], ["stats"], ["config"]):
+            raise Refused(
+                404, f"there is nothing at {request.path!r}", expected="ready, config, stats or infer of a model"
+            )
+        allow(request, "GET", "HEAD")
+        chosen = self.model(name, version)
+        match rest:
+            case ["ready"]:
+                return json_reply(200, {"name": name, "ready": True})
+            case ["stats"]:
+                client.require("metrics")
+                return json_reply(200, {"model_stats": [self._statistics(chosen)]})
+            case ["config"]:
+                return json_reply(200, self.configuration(chosen))
+            case _:
+                return json_reply(200, self.metadata(chosen))
+
+    def _infer(self, name: str, version: str, request: Request, client: Client) -> "asyncio.Future[Reply]":
+        start = time.perf_counter_ns()
+        encoding = request.headers.get("content-encoding")
+        if encoding or len(request.body) > LARGE:
+            return self.scheduler.loop.create_task(self._infer_large(name, version, request, client, start))
+        model = self.repository.model(name)
+        chosen = model.choose(version)
+        call = chosen.reader.parse(request.body, request.headers)
+        return self._submit(model, chosen, request, client, call, start)
+
+    async def _infer_large(self, name: str, version: str, request: Request, client: Client, start: int) -> Reply:
+        """What would keep the loop from other clients is read in a thread."""
+        model = self.repository.model(name)
+        chosen = model.choose(version)
+
+        def read() -> Call:
+            body = decompress(request.body, request.headers.get("content-encoding", "").strip().lower(), self.max_body)
+            return chosen.reader.parse(body, request.headers)
+
+        call = await asyncio.to_thread(read)
+        return await self._submit(model, chosen, request, client, call, start)
+
+    def _submit(
+        self, model: Model, chosen: AnyVersion, request: Request, client: Client, call: Call, start: int
+    ) -> "asyncio.Future[Reply]":
+        accept = request.headers.get("accept-encoding")
+        echo = request.headers.get("x-request-id")
+
+        def finish(outputs: Arrays) -> Reply:
+            headers, body = chosen.writer.encode(call, outputs)
+            if accept:
+                encoding, body = compress(body, accept)
+                if encoding:
+                    headers["content-encoding"] = encoding
+            if echo:
+                headers["x-request-id"] = echo
+            return 200, headers, body
+
+        if client.limited:
+            client.enter()
+        try:
+            answer = self.repository.answer(model, chosen, call, finish, time.perf_counter_ns() - start)
+        except Refused:
+            if client.limited:
+                client.leave()
+            raise
+        if client.limited:
+            answer.add_done_callback(lambda _: client.leave())
+        return answer
+
+    def _administer(self, parts: list[str], request: Request, client: Client) -> "Reply | asyncio.Future[Reply]":
+        allow(request, "POST")
+        client.require("admin")
+        match parts:
+            case ["index"]:
+                return json_reply(200, self.index())
+            case ["models", name, "load" | "unload" as what]:
+                return self.scheduler.loop.create_task(self._load_or_unload(name, what))
+            case _:
+                raise Refused(
+                    404, f"there is nothing at {request.path!r}", expected="index, models/NAME/load or unload"
+                )
+
+    async def _load_or_unload(self, name: str, what: str) -> Reply:
+        await self.administer(name, what)
+        return 200, {"content-type": "application/json"}, b""
+
+    async def administer(self, name: str, what: str) -> None:
+        """Load or unload the model of that name. Raises :class:`Refused` where that cannot be."""
+        if self.control is None:
+            raise Refused(501, "what is served here is not changed by requests", hint="serve from a folder of models")
+        problem = await (self.control.load(name) if what == "load" else self.control.unload(name))
+        if problem:
+            raise Refused(400, f"failed to {what} {name!r}: {problem}")
+
+    # --- what is said about models
+
+    def _versions(self) -> list[AnyVersion]:
+        return [version for model in self.repository.models.values() for version in model.versions.values()]
+
+    def index(self) -> list[dict[str, str]]:
+        """All models and versions with their states, in Triton's words."""
+        said = {"ready": "READY", "creating": "LOADING", "failed": "UNAVAILABLE", "deleting": "UNLOADING"}
+        rows = []
+        for model in self.repository.models.values():
+            rows += [
+                {"name": model.name, "version": v.id, "state": said[v.state], "reason": ""}
+                for v in model.versions.values()
+            ]
+            if not model.versions:
+                rows.append({"name": model.name, "version": "", "state": said[model.state], "reason": model.error})
+        return rows
+
+    def metadata(self, version: AnyVersion) -> dict[str, Any]:
+        """Name, versions, platform, and the tensors in and out."""
+        model = self.repository.model(version.name)
+        tensors = {"inputs": _described(version.inputs), "outputs": _described(version.outputs)}
+        return {"name": version.name, "versions": list(model.versions), "platform": version.platform, **tensors}
+
+    def configuration(self, version: AnyVersion) -> dict[str, Any]:
+        """What Triton's clients know as the model's configuration, as far as it applies."""
+        settings = self.repository.batching.get(version.name) or Batching()
+
+        def tensors(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
+            return [
+                {
+                    "name": spec.name,
+                    "data_type": "TYPE_STRING" if spec.datatype == "BYTES" else f"TYPE_{spec.datatype}",
+                    "dims": list(spec.shape[1:]),
+                }
+                for spec in specs
+            ]
+
+        return {
+            "name": version.name,
+            "platform": version.platform,
+            "backend": "trilobe",
+            "version_policy": {"specific": {"versions": list(self.repository.model(version.name).versions)}},
+            "max_batch_size": settings.max_batch,
+            "input": tensors(version.inputs),
+            "output": tensors(version.outputs),
+            "dynamic_batching": {
+                "max_queue_delay_microseconds": int(settings.delay * 1e6),
+                "default_queue_policy": {"max_queue_size": settings.max_pending},
+            },
+        }
+
+    def _statistics(self, version: AnyVersion) -> dict[str, Any]:
+        figures = self.meters.statistics(version.name, version.id)
+        if isinstance(getattr(version, "servable", None), Servable):
+            times = cast("Any", version).servable.pipeline.times()
+            figures["steps"] = {step: {"count": n, "ns": ns} for step, (n, ns) in times.items()}
+        return figures
+
+
+def allow(request: Request, *methods: str) -> None:
+    """Raise :class:`Refused` 405, with the methods that are allowed, unless the request's is one of them."""
+    if request.method not in methods:
+        raise Refused(405, f"method {request.method}", expected=methods[0], headers={"allow": ", ".join(methods)})
+
+
+def _described(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
+    return [{"name": spec.name, "datatype": spec.datatype, "shape": spec.shape} for spec in specs]
