@@ -147,6 +147,8 @@ class ServeSection(Section, frozen=True):
     tls_key: str = ""
     tls_client_ca: str = ""  # whoever signs the certificates of clients; empty: they need none
     open: bool = False  # serve other machines without tokens
+    log: Literal["text", "json"] = "text"
+    log_share: Share = 0.0  # share of the requests that get a line in the log
     repository: str = ""  # a folder of bundles that clients with the right to may load by name
     models: dict[str, str] = field(default_factory=dict)  # more models beside the endpoint's own: name = bundle
     pipelines: dict[str, PipelineSection] = field(default_factory=dict)

@@ -378,7 +378,7 @@ def test_bad_encodings(served: endpoint.Endpoint) -> None:
 def test_oversized_bodies_are_refused_before_they_are_read(served: endpoint.Endpoint) -> None:
     host, port = served.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as raw:
-        raw.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n".encode())
+        raw.sendall(f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n".encode())
         assert raw.recv(4096).startswith(b"HTTP/1.1 413 "), "the answer must come though no body was sent"
     status, _, answer = call(served.url, "POST", INFER, bytes(2_000_000))
     assert status == 413 and "100000" in answer["error"]
@@ -391,13 +391,13 @@ def test_oversized_bodies_are_refused_before_they_are_read(served: endpoint.Endp
 def test_without_a_length_there_is_no_body(served: endpoint.Endpoint) -> None:
     host, port = served.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as raw:
-        raw.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        raw.sendall(f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         assert raw.recv(4096).startswith(b"HTTP/1.1 400 "), "an empty body is no request for inference"
 
 
 def test_clients_that_leave_half_way_harm_nobody(served: endpoint.Endpoint) -> None:
     host, port = served.url.removeprefix("http://").split(":")
-    for text in ("", "POST", f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{{"):
+    for text in ("", "POST", f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n{{"):
         with socket.create_connection((host, int(port)), timeout=10) as raw:
             raw.sendall(text.encode())
     assert call(served.url, "GET", "/v2/health/ready")[0] == 200

@@ -99,6 +99,8 @@ def _settings(section: ServeSection, base: Path) -> Settings:
         tls=(base / section.tls_cert, base / section.tls_key, authority) if section.tls_cert else None,
         open=section.open,
         max_memory=section.max_memory * 1024 * 1024,
+        log_share=section.log_share,
+        json_log=section.log == "json",
     )
 
 

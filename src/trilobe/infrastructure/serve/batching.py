@@ -67,15 +67,29 @@ class Meter(Protocol):
         """So many more requests wait than when this was last called."""
 
 
+class Trace(Protocol):
+    """Who follows one request (see ``traces.py``)."""
+
+    def step(self, queued: int, started: int, ended: int, name: str = "", rows: int = 0) -> None:
+        """It waited, and was computed in a batch of so many rows; nanoseconds of ``time.perf_counter_ns``."""
+
+
 class _Ticket:
     """One request that waits, or runs."""
 
-    __slots__ = ("arrived", "finish", "future", "input_ns", "inputs", "rows")
+    __slots__ = ("arrived", "finish", "future", "input_ns", "inputs", "rows", "trace")
 
     def __init__(
-        self, future: "asyncio.Future[Any]", inputs: Arrays, rows: int, finish: Finish | None, input_ns: int
+        self,
+        future: "asyncio.Future[Any]",
+        inputs: Arrays,
+        rows: int,
+        finish: Finish | None,
+        input_ns: int,
+        trace: Trace | None,
     ) -> None:
-        self.future, self.inputs, self.rows, self.finish, self.input_ns = future, inputs, rows, finish, input_ns
+        self.future, self.inputs, self.rows, self.finish = future, inputs, rows, finish
+        self.input_ns, self.trace = input_ns, trace
         self.arrived = time.perf_counter_ns()
 
 
@@ -87,7 +101,7 @@ class Queue:
 
     Requests whose rows look alike are joined; the row of an answer depends on its own row alone, and where a batch
     fails its requests are run one by one, so that only the guilty fail. ``cost`` is the measured mean of seconds for a
-    row (the first guess is given).
+    row (the first guess is given); ``label`` is what traces call this step ("": it is all there is).
 
     >>> async def three() -> list[int]:
     ...     queue = Queue("double", lambda data: {"y": 2 * data["x"]}, Scheduler(1))
@@ -109,9 +123,10 @@ class Queue:
         cost: float = 0.0,
         meter: Meter | None = None,
         watch: Callable[[Arrays, Mapping[str, NDArray[Any]]], None] | None = None,
+        label: str = "",
     ) -> None:
         self.name, self.run, self.scheduler, self.settings = name, run, scheduler, settings or Batching()
-        self.joins, self.cost, self.meter, self.watch = joins, cost, meter, watch
+        self.joins, self.cost, self.meter, self.watch, self.label = joins, cost, meter, watch, label
         self.waiting = self.running = self.batches = self.lost = 0
         self.used = 0.0
         self._lanes: dict[_Lane, deque[_Ticket]] = {}
@@ -135,13 +150,14 @@ class Queue:
         priority: int = 0,
         timeout: float | None = None,
         input_ns: int = 0,
+        trace: Trace | None = None,
     ) -> "asyncio.Future[Any]":
         """A future of the outputs (arrays of ``rows`` rows), or of what ``finish`` makes of them where they are made.
 
         Cancelling it takes the request out of the queue. A priority of 1 goes before all others; ``timeout`` is in
-        seconds; ``input_ns`` is what was spent on the request before it came here, for the figures. The future raises
-        what ``run`` raised, or :class:`Refused` 504 when it is too late. Raises :class:`Refused` 503 with
-        ``Retry-After`` where too many wait already.
+        seconds; ``input_ns`` is what was spent on the request before it came here, for the figures; ``trace`` is told
+        when it waited and ran. The future raises what ``run`` raised, or :class:`Refused` 504 when it is too late.
+        Raises :class:`Refused` 503 with ``Retry-After`` where too many wait already.
         """
         if self.waiting >= self.settings.max_pending:
             if self.meter is not None:
@@ -156,7 +172,7 @@ class Queue:
             )
         loop = self.scheduler.loop
         future: asyncio.Future[Any] = loop.create_future()
-        ticket = _Ticket(future, inputs, rows, finish, input_ns)
+        ticket = _Ticket(future, inputs, rows, finish, input_ns, trace)
         lane = (priority or PRIORITY, tuple([array.shape[1:] for array in inputs.values()]))
         tickets = self._lanes.get(lane)
         if tickets is None:
@@ -218,6 +234,9 @@ class Queue:
             inputs, outputs, error = {}, {}, caught
         computed = time.perf_counter_ns()
         done = _Done([start - ticket.arrived for ticket in batch], sum(rows), computed - start)
+        for ticket in batch:
+            if ticket.trace is not None:
+                ticket.trace.step(ticket.arrived, start, computed, self.label, done.rows)
         if error is not None:
             done.answers.append((batch[0], None, error))
             return done

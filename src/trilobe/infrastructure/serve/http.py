@@ -264,7 +264,7 @@ class _Connection(asyncio.Protocol):
         if "close" in self.headers.get("connection", "").lower():
             kept["connection"] = "close"
         lines = "".join([f"{name}: {value}\r\n" for name, value in kept.items()])
-        head = self.parser.get_method() + b" " + self.url + b" HTTP/1.1\r\n" + lines.encode("latin-1") + b"\r\n"
+        head: bytes = self.parser.get_method() + b" " + self.url + b" HTTP/1.1\r\n" + lines.encode("latin-1") + b"\r\n"
         self.parser = httptools.HttpRequestParser(self)
         self._fresh()
         self.received = -len(head)

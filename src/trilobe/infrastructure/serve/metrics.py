@@ -212,7 +212,7 @@ class Meters:
         self._lock = threading.Lock()
         self._ledger = _Ledger(folder, worker)
         self._models: dict[tuple[str, str], Meter] = {}
-        self._named: dict[tuple[str, tuple[tuple[str, object], ...]], _Slots] = {}
+        self._named: dict[tuple[str, str, tuple[tuple[str, object], ...]], _Slots] = {}
         self._cpu = _cpu_times()
         self.count("trilobe_worker_starts_total", worker=self._ledger.worker)
         self.count("trilobe_captures_dropped_total", 0)
@@ -233,13 +233,13 @@ class Meters:
 
         Raises :class:`~trilobe.errors.UsageError` for a name or labels that :data:`FAMILIES` does not have.
         """
-        slots = self._named.get((name, tuple(labels.items()))) or self._find("counter", name, labels)
+        slots = self._named.get(("counter", name, tuple(labels.items()))) or self._find("counter", name, labels)
         with self._lock:
             slots[0] += n
 
     def gauge(self, name: str, value: int, **labels: object) -> None:
         """Say how it stands in this process; a scrape shows the sum over those that live. Raises as :meth:`count`."""
-        slots = self._named.get((name, tuple(labels.items()))) or self._find("gauge", name, labels)
+        slots = self._named.get(("gauge", name, tuple(labels.items()))) or self._find("gauge", name, labels)
         slots[0] = value
 
     def close(self) -> None:
@@ -253,7 +253,7 @@ class Meters:
                 f"a {kind} called {name} with the labels {sorted(labels)}", expected=f"one of {', '.join(known)}"
             )
         slots = self._ledger.slots(kind, name, *(str(labels[label]) for label in _LABELS[name]))
-        self._named[name, tuple(labels.items())] = slots
+        self._named[kind, name, tuple(labels.items())] = slots
         return slots
 
     def statistics(self, model: str, version: str) -> dict[str, Any]:

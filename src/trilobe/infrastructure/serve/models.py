@@ -23,7 +23,7 @@ from trilobe.errors import DataError, ServeError, TrilobeError, UsageError
 from trilobe.infrastructure.bundle import open_bundle
 from trilobe.infrastructure.endpoint import Wish
 from trilobe.infrastructure.pipeline import Arrays, Servable, TensorSpec
-from trilobe.infrastructure.serve.batching import Batching, Finish, Meter, Queue, Scheduler
+from trilobe.infrastructure.serve.batching import Batching, Finish, Meter, Queue, Scheduler, Trace
 from trilobe.infrastructure.serve.graph import Flow, Function
 from trilobe.infrastructure.serve.metrics import Meters, Part
 from trilobe.infrastructure.serve.protocol import Call, Reader, Refused, Writer
@@ -70,10 +70,10 @@ class Version:
 
     def submit(
         self, inputs: Arrays, rows: int, finish: Finish | None, priority: int = 0, timeout: float | None = None,
-        input_ns: int = 0,
+        input_ns: int = 0, trace: Trace | None = None,
     ) -> "asyncio.Future[Any]":  # fmt: skip
         """See :meth:`~trilobe.infrastructure.serve.batching.Queue.submit`."""
-        return self.queue.submit(inputs, rows, finish, priority, timeout, input_ns)
+        return self.queue.submit(inputs, rows, finish, priority, timeout, input_ns, trace)
 
 
 class _StepMeter:
@@ -113,6 +113,7 @@ class FlowVersion:
                 joins=run.joins,
                 cost=FIRST_GUESS,
                 meter=_StepMeter(self.meter.part(step)),
+                label=step,
             )
             for step, run in flow.steps.items()
             if isinstance(run, Function)
@@ -125,17 +126,18 @@ class FlowVersion:
 
     def submit(
         self, inputs: Arrays, rows: int, finish: Finish | None, priority: int = 0, timeout: float | None = None,
-        input_ns: int = 0,
+        input_ns: int = 0, trace: Trace | None = None,
     ) -> "asyncio.Future[Any]":  # fmt: skip
         """See :meth:`~trilobe.infrastructure.serve.batching.Queue.submit`."""
-        return self._repository.scheduler.loop.create_task(self._run(inputs, rows, finish, priority, timeout, input_ns))
+        request = _FlowRequest(priority, trace, {})
+        return self._repository.scheduler.loop.create_task(self._run(inputs, rows, finish, timeout, input_ns, request))
 
     async def _run(
-        self, inputs: Arrays, rows: int, finish: Finish | None, priority: int, timeout: float | None, input_ns: int
-    ) -> Any:
+        self, inputs: Arrays, rows: int, finish: Finish | None, timeout: float | None, input_ns: int,
+        request: "_FlowRequest",
+    ) -> Any:  # fmt: skip
         start = time.perf_counter_ns()
-        prepared: dict[Any, asyncio.Future[Any]] = {}
-        steps = {name: partial(self._step, name, priority, prepared) for name in self.flow.steps}
+        steps = {name: partial(self._step, name, request) for name in self.flow.steps}
         self.under_way += 1
         try:
             async with asyncio.timeout(timeout):
@@ -159,24 +161,22 @@ class FlowVersion:
         self.meter.request(input_ns + end - start, input_ns, end - computed)
         return answer
 
-    async def _step(
-        self, name: str, priority: int, prepared: dict[Any, "asyncio.Future[Any]"], **arrays: NDArray[Any]
-    ) -> Any:
-        rows = len(next(iter(arrays.values())))
+    async def _step(self, name: str, request: "_FlowRequest", /, **arrays: NDArray[Any]) -> Any:
+        rows, how = len(next(iter(arrays.values()))), (request.priority, None, 0, request.trace)
         if name in self._queues:
-            return await self._queues[name].submit(arrays, rows, None, priority)
+            return await self._queues[name].submit(arrays, rows, None, *how)
         version = self._repository.model(str(self.flow.steps[name])).choose()
         for spec in version.inputs:
             if spec.name not in arrays or arrays[spec.name].dtype != spec.dtype:
                 raise ServeError(f"step {name!r} got {sorted(arrays)}", expected=f"{spec.name!r} as {spec.datatype}")
             spec.check_shape(arrays[spec.name].shape)
         if not isinstance(version, Version) or version.preparation is None or version.rest is None:
-            return await version.submit(arrays, rows, None, priority)
+            return await version.submit(arrays, rows, None, *how)
         # Models with equal preparations of the same arrays share one: made once, held once.
         key = version.servable.preparation, *map(id, arrays.values())
-        if key not in prepared:
-            prepared[key] = version.preparation.submit(arrays, rows, None, priority)
-        return await version.rest.submit(await prepared[key], rows, None, priority)
+        if key not in request.prepared:
+            request.prepared[key] = version.preparation.submit(arrays, rows, None, *how)
+        return await version.rest.submit(await request.prepared[key], rows, None, *how)
 
     def _check(self, outputs: Mapping[str, NDArray[Any]]) -> None:
         for spec in self.outputs:
@@ -186,6 +186,15 @@ class FlowVersion:
                 spec.check(outputs[spec.name])
             except DataError as error:
                 raise ServeError(f"pipeline {self.name!r} gave {error.problem}", expected=error.expected) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _FlowRequest:
+    """What the steps of one request share."""
+
+    priority: int
+    trace: Trace | None
+    prepared: dict[Any, "asyncio.Future[Any]"]
 
 
 AnyVersion = Version | FlowVersion
@@ -248,6 +257,7 @@ class Repository:
         self.models: dict[str, Model] = {}
         self.scheduler, self.meters, self.batching, self.watch = scheduler, meters, dict(batching or {}), watch
         self._load = load
+        self.unloaded: list[str] = []
         self._draining: set[asyncio.Task[None]] = set()
 
     def model(self, name: str) -> Model:
@@ -262,10 +272,14 @@ class Repository:
         return bool(self.models) and all(model.current for model in self.models.values())
 
     async def apply(self, wishes: Mapping[str, Wish]) -> None:
-        """Make what is served agree with ``wishes``; each model's ``error`` says where that failed.
+        """Make what is served agree with ``wishes`` (those that shall be ``loaded``).
+
+        Each model's ``error`` says where that failed.
 
         Models that fail keep what they had. Never raises for a bundle's sake.
         """
+        self.unloaded = sorted(name for name, wish in wishes.items() if not wish.loaded)
+        wishes = {name: wish for name, wish in wishes.items() if wish.loaded}
         if both := set(wishes) & set(self.flows):
             raise ServeError(f"a model and a pipeline are both called {min(both)!r}", expected="names of their own")
         for name in [name for name in self.models if name not in wishes and name not in self.flows]:
@@ -348,14 +362,16 @@ class Repository:
         watch = self.watch
         seen = None if watch is None else (lambda inputs, outputs: watch(id_, servable, inputs, outputs))
 
-        def queue(part: Servable, label: str, seen: Any = None) -> Queue:
-            return Queue(label, part.run, self.scheduler, settings, joins=joins, cost=cost, meter=meter, watch=seen)
+        def queue(part: Servable, name: str, label: str = "", seen: Any = None) -> Queue:
+            return Queue(
+                name, part.run, self.scheduler, settings, joins=joins, cost=cost, meter=meter, watch=seen, label=label
+            )
 
         parts = servable.parts() if joins else None
         if parts is None:
-            return Version(name, id_, servable, queue(servable, name, seen), meter)
-        return Version(name, id_, servable, queue(servable, name, seen), meter,
-                       queue(parts[0], f"{name}: preparation"), queue(parts[1], name))  # fmt: skip
+            return Version(name, id_, servable, queue(servable, name, "", seen), meter)
+        first, rest = queue(parts[0], f"{name}: preparation", f"{name}: preparation"), queue(parts[1], name, name)
+        return Version(name, id_, servable, queue(servable, name, "", seen), meter, first, rest)
 
     def _let_go(self, model: Model, version: AnyVersion) -> None:
         """No new request gets it; those under way finish; then its memory is free."""
@@ -372,11 +388,17 @@ class Repository:
         task.add_done_callback(self._draining.discard)
 
     def answer(
-        self, model: Model, chosen: AnyVersion, call: Call, finish: Finish, input_ns: int = 0
+        self,
+        model: Model,
+        chosen: AnyVersion,
+        call: Call,
+        finish: Finish,
+        input_ns: int = 0,
+        trace: Trace | None = None,
     ) -> "asyncio.Future[Any]":
         """Have a call answered by the version chosen for it; a shadow gets a copy."""
         shadow = model.versions.get(model.shadow) if model.shadow else None
-        how = call.priority, call.timeout, input_ns
+        how = call.priority, call.timeout, input_ns, trace
         if not isinstance(shadow, Version) or shadow is chosen or shadow.queue.waiting >= SHADOW_PENDING:
             return chosen.submit(call.inputs, call.rows, finish, *how)
         said: dict[str, NDArray[Any]] = {}

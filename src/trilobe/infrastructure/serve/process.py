@@ -39,13 +39,15 @@ from trilobe.infrastructure.endpoint import (
     wish_for,
     write_state,
 )
-from trilobe.infrastructure.serve.access import Gate, server_context
+from trilobe.infrastructure.serve.access import Gate, is_loopback, server_context
 from trilobe.infrastructure.serve.batching import Batching
 from trilobe.infrastructure.serve.graph import Flow
 from trilobe.infrastructure.serve.http import HttpServer, Limits
+from trilobe.infrastructure.serve.logs import JsonFormatter, access_log
 from trilobe.infrastructure.serve.metrics import Meters
 from trilobe.infrastructure.serve.models import Load
 from trilobe.infrastructure.serve.server import MAX_BODY, Control, Server
+from trilobe.infrastructure.serve.traces import open_traces
 
 POLL_SECONDS = 0.2
 HUNG_SECONDS = 60.0  # a worker whose event loop has not turned for so long is replaced
@@ -68,6 +70,8 @@ class Settings:
         tls: certificate, key and, where clients must show a certificate too, the authority that signs theirs.
         open: serve other machines without tokens and without their certificates.
         max_memory: bytes of one worker, beyond which it is replaced (0: none).
+        log_share: share of the requests that get a line in the log.
+        json_log: whether the log is JSON lines.
     """
 
     workers: int = 1
@@ -80,6 +84,8 @@ class Settings:
     tls: tuple[Path, Path, Path | None] | None = None
     open: bool = False
     max_memory: int = 0
+    log_share: float = 0.0
+    json_log: bool = False
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -152,11 +158,16 @@ def serve_forever(
     """
     settings = settings or Settings()
     lock = hold_lock(folder)
+    if settings.json_log:
+        handler = logging.StreamHandler()
+        handler.setFormatter(JsonFormatter())
+        logging.basicConfig(handlers=[handler], level=logging.INFO)
     try:
         state = State(name, "creating", pid=os.getpid(), since=time.time())
         write_state(folder, state)
         read_desired(folder)
-        Gate(folder).check_host(host, with_certificates=bool(settings.tls and settings.tls[2]), open=settings.open)
+        tls = settings.tls
+        Gate(folder).check_host(host, bool(tls and tls[2]), settings.open, encrypted=tls is not None)
         job = _Job(folder, name, load, captures, host, capture_rate, max_body, settings)
         with bind(host, port) as listener:
             scheme = "https" if settings.tls else "http"
@@ -194,16 +205,20 @@ async def _serve(
         settings.flows,
         settings.batching,
         Meters(job.folder / "metrics", worker),
-        Gate(job.folder),
+        Gate(job.folder, is_loopback(job.host)),
         threads,
     )
+    server.traces, server.access = open_traces(), access_log(settings.log_share)
     server.control = _control(job, server)
     limits = dataclasses.replace(settings.limits, max_body=job.max_body, max_connections=_room(settings.limits))
     front = HttpServer(server.handle, limits, server.explain)
     context = server_context(*settings.tls) if settings.tls else None
     say(state)
+    tried = asyncio.Event()
+    following = asyncio.create_task(_follow(server, job, state, say, tried, ended))
+    if settings.workers > 1:  # the others answer meanwhile: clients need not see how a new one begins
+        await asyncio.wait([asyncio.create_task(e.wait()) for e in (tried, ended)], return_when="FIRST_COMPLETED")
     await front.start(listener, context)
-    following = asyncio.create_task(_follow(server, job, state, say, ended))
     grpc: Any = None
     if settings.grpc_port is not None:
         from trilobe.infrastructure.serve.grpc import start_grpc
@@ -217,9 +232,18 @@ async def _serve(
             await grpc.stop(10.0)
         await front.stop()
         await asyncio.to_thread(server.close)
+        if server.traces is not None:
+            await asyncio.to_thread(server.traces.close)
 
 
-async def _follow(server: Server, job: _Job, state: State, say: Callable[[State], None], ended: asyncio.Event) -> None:
+async def _follow(
+    server: Server,
+    job: _Job,
+    state: State,
+    say: Callable[[State], None],
+    tried: asyncio.Event,
+    ended: asyncio.Event,
+) -> None:
     """Serve what is wished for whenever the wish changes, and say how it went."""
     said, complaint = state, ""
     while True:
@@ -231,6 +255,7 @@ async def _follow(server: Server, job: _Job, state: State, say: Callable[[State]
                 gc.collect()
                 gc.freeze()  # what is loaded stays: looking through it again and again costs a tenth of all time
                 state = replace(_described(server, state), deployment=desired.deployment, since=time.time())
+                tried.set()
             if state is not said:
                 await asyncio.to_thread(say, state)
             said, complaint = state, ""

@@ -328,8 +328,8 @@ class Reader:
         own, priority, timeout = _read_parameters(parameters)
         return Call(id, arrays, outputs, own, priority, timeout, rows)
 
-    def wanted(self, asked: Iterable[Wanted]) -> tuple[Wanted, ...]:
-        """The outputs ``asked`` for, checked; all of them as JSON where none is."""
+    def wanted(self, asked: Iterable[Wanted], binary: bool) -> tuple[Wanted, ...]:
+        """The outputs ``asked`` for, checked; all of them, ``binary`` or not, where none is."""
         outputs = tuple(asked)
         for output in outputs:
             kind = self._kinds.get(output.name)
@@ -342,7 +342,7 @@ class Reader:
                 )
         if len(outputs) > 1 and len({output.name for output in outputs}) != len(outputs):
             raise DataError("an output is asked for twice", expected=f"each of {list(self._kinds)} at most once")
-        return outputs or self._all[False]
+        return outputs or self._all[binary]
 
     def _wanted(self, asked: list[_Output] | None, binary: bool) -> tuple[Wanted, ...]:
         if not asked:
@@ -354,7 +354,7 @@ class Reader:
                 raise _no_shared_memory(output.name)
             own = binary if how.binary_data is None else how.binary_data
             outputs.append(Wanted(output.name, own, how.classification))
-        return self.wanted(outputs)
+        return self.wanted(outputs, binary)
 
     def _parse_raw(self, body: bytes) -> Call:
         """The single tensor that all of ``body`` is: a batch of one, with at most one more free size to work out."""

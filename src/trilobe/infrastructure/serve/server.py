@@ -12,10 +12,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
+import msgspec
 from numpy.typing import NDArray
 
 from trilobe import __version__
-from trilobe.errors import TrilobeError
+from trilobe.errors import NotFoundError, TrilobeError
 from trilobe.infrastructure.capture import CaptureLog
 from trilobe.infrastructure.endpoint import Wish
 from trilobe.infrastructure.pipeline import Arrays, Servable, TensorSpec
@@ -23,9 +24,11 @@ from trilobe.infrastructure.serve.access import Client, Gate
 from trilobe.infrastructure.serve.batching import Batching, Scheduler, blame
 from trilobe.infrastructure.serve.graph import Flow
 from trilobe.infrastructure.serve.http import Reply, Request, json_reply
+from trilobe.infrastructure.serve.logs import Access, request_id
 from trilobe.infrastructure.serve.metrics import Meters
 from trilobe.infrastructure.serve.models import AnyVersion, Load, Model, Repository
 from trilobe.infrastructure.serve.protocol import Call, Refused, compress, decompress
+from trilobe.infrastructure.serve.traces import Trace, Traces
 
 MAX_BODY = 16 * 1024 * 1024
 LARGE = 256 * 1024  # bytes of a body that is parsed beside the event loop, not in it
@@ -51,6 +54,8 @@ class Control(NamedTuple):
 class Server:
     """Everything that answers in one process. Must be made inside a running event loop.
 
+    ``traces`` and ``access`` follow requests, where they are set.
+
     Args:
         name: the endpoint's own name, which the wish "" stands for.
         load: what a bundle means.
@@ -75,6 +80,8 @@ class Server:
         gate: Gate | None = None,
         threads: int = 0,
     ) -> None:
+        self.traces: Traces | None = None
+        self.access: Access | None = None
         self.name, self.captures, self.max_body = name, captures, max_body
         self.meters, self.gate = meters or Meters(None), gate or Gate(None)
         self.scheduler = Scheduler(threads)
@@ -143,7 +150,7 @@ class Server:
         """The answer to a request, or a future of it. Whatever is wrong is raised; :meth:`explain` puts it in words."""
         client = self.gate.client(request.headers, request.peer)
         parts = request.parts
-        if parts[:2] == ["v2", "models"] and len(parts) > 2:
+        if parts[:2] == ["v2", "models"] and len(parts) > 2 and parts[2:] != ["stats"]:
             return self._model(parts[2], parts[3:], request, client)
         if parts[:2] == ["v2", "repository"]:
             return self._administer(parts[2:], request, client)
@@ -166,8 +173,10 @@ class Server:
             case ["v2", "health", "ready"]:
                 answer = {"ready": True}
             case ["v2", "models", "stats"]:
+                client.require("metrics")
                 answer = {"model_stats": [self._statistics(v) for v in self._versions()]}
             case ["v2", "openapi.json"]:
+                client.require()
                 from trilobe.infrastructure.serve.openapi import describe
 
                 answer = describe(self._versions())
@@ -196,12 +205,13 @@ class Server:
                 404, f"there is nothing at {request.path!r}", expected="ready, config, stats or infer of a model"
             )
         allow(request, "GET", "HEAD")
+        if rest != ["ready"]:
+            client.require("metrics" if rest == ["stats"] else "")
         chosen = self.model(name, version)
         match rest:
             case ["ready"]:
                 return json_reply(200, {"name": name, "ready": True})
             case ["stats"]:
-                client.require("metrics")
                 return json_reply(200, {"model_stats": [self._statistics(chosen)]})
             case ["config"]:
                 return json_reply(200, self.configuration(chosen))
@@ -210,15 +220,46 @@ class Server:
 
     def _infer(self, name: str, version: str, request: Request, client: Client) -> "asyncio.Future[Reply]":
         start = time.perf_counter_ns()
+        if self.traces is not None or self.access is not None:
+            return self._followed(name, version, request, client, start)
+        return self._read(name, version, request, client, start)
+
+    def _followed(
+        self, name: str, version: str, request: Request, client: Client, start: int
+    ) -> "asyncio.Future[Reply]":
+        """One request, noted in a trace or in the log where its turn comes."""
+        trace = self.traces.begin(request.headers) if self.traces is not None else None
+
+        async def follow() -> Reply:
+            try:
+                reply = await self._read(name, version, request, client, start, trace)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:  # noqa: BLE001 (explain logs what is ours)
+                reply = self.explain(error)
+            if trace is not None:
+                trace.end(name, version, reply[0])
+            if self.access is not None:
+                seconds = (time.perf_counter_ns() - start) / 1e9
+                self.access(request_id(request.headers), name, version, reply[0], seconds, client.name)
+            return reply
+
+        return self.scheduler.loop.create_task(follow())
+
+    def _read(
+        self, name: str, version: str, request: Request, client: Client, start: int, trace: Trace | None = None
+    ) -> "asyncio.Future[Reply]":
         encoding = request.headers.get("content-encoding")
         if encoding or len(request.body) > LARGE:
-            return self.scheduler.loop.create_task(self._infer_large(name, version, request, client, start))
+            return self.scheduler.loop.create_task(self._read_large(name, version, request, client, start, trace))
         model = self.repository.model(name)
         chosen = model.choose(version)
         call = chosen.reader.parse(request.body, request.headers)
-        return self._submit(model, chosen, request, client, call, start)
+        return self._submit(model, chosen, request, client, call, start, trace)
 
-    async def _infer_large(self, name: str, version: str, request: Request, client: Client, start: int) -> Reply:
+    async def _read_large(
+        self, name: str, version: str, request: Request, client: Client, start: int, trace: Trace | None
+    ) -> Reply:
         """What would keep the loop from other clients is read in a thread."""
         model = self.repository.model(name)
         chosen = model.choose(version)
@@ -228,10 +269,17 @@ class Server:
             return chosen.reader.parse(body, request.headers)
 
         call = await asyncio.to_thread(read)
-        return await self._submit(model, chosen, request, client, call, start)
+        return await self._submit(model, chosen, request, client, call, start, trace)
 
     def _submit(
-        self, model: Model, chosen: AnyVersion, request: Request, client: Client, call: Call, start: int
+        self,
+        model: Model,
+        chosen: AnyVersion,
+        request: Request,
+        client: Client,
+        call: Call,
+        start: int,
+        trace: Trace | None,
     ) -> "asyncio.Future[Reply]":
         accept = request.headers.get("accept-encoding")
         echo = request.headers.get("x-request-id")
@@ -249,7 +297,7 @@ class Server:
         if client.limited:
             client.enter()
         try:
-            answer = self.repository.answer(model, chosen, call, finish, time.perf_counter_ns() - start)
+            answer = self.repository.answer(model, chosen, call, finish, time.perf_counter_ns() - start, trace)
         except Refused:
             if client.limited:
                 client.leave()
@@ -263,7 +311,11 @@ class Server:
         client.require("admin")
         match parts:
             case ["index"]:
-                return json_reply(200, self.index())
+                try:
+                    ready = bool(request.body) and bool(msgspec.json.decode(request.body, type=dict).get("ready"))
+                except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                    raise Refused(400, f"not usable JSON ({error})", expected='{"ready": true}, or nothing') from error
+                return json_reply(200, [row for row in self.index() if not ready or row["state"] == "READY"])
             case ["models", name, "load" | "unload" as what]:
                 return self.scheduler.loop.create_task(self._load_or_unload(name, what))
             case _:
@@ -279,7 +331,10 @@ class Server:
         """Load or unload the model of that name. Raises :class:`Refused` where that cannot be."""
         if self.control is None:
             raise Refused(501, "what is served here is not changed by requests", hint="serve from a folder of models")
-        problem = await (self.control.load(name) if what == "load" else self.control.unload(name))
+        try:
+            problem = await (self.control.load(name) if what == "load" else self.control.unload(name))
+        except NotFoundError as error:
+            raise Refused(404, error.problem, expected=error.expected) from error
         if problem:
             raise Refused(400, f"failed to {what} {name!r}: {problem}")
 
@@ -299,7 +354,10 @@ class Server:
             ]
             if not model.versions:
                 rows.append({"name": model.name, "version": "", "state": said[model.state], "reason": model.error})
-        return rows
+        return rows + [
+            {"name": name, "version": "", "state": "UNAVAILABLE", "reason": "unloaded"}
+            for name in self.repository.unloaded
+        ]
 
     def metadata(self, version: AnyVersion) -> dict[str, Any]:
         """Name, versions, platform, and the tensors in and out."""
