@@ -2,11 +2,13 @@
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from trilobe.config import PipelineSection, ServeSection
 from trilobe.errors import ConfigError, NotFoundError, ServeError, TrilobeError, UsageError
 from trilobe.infrastructure import endpoint as endpoints
 from trilobe.infrastructure.bundle import open_bundle
+from trilobe.infrastructure.endpoint import Wish
 from trilobe.infrastructure.serve import Batching, Flow, Function, Node, Settings, graph, serve_forever
 from trilobe.infrastructure.serve.graph import find
 from trilobe.loop.project import Project, opened, tell
@@ -23,6 +25,7 @@ def serve(
     stop: bool = False,
     canary: float = 0.0,
     shadow: bool = False,
+    engine: Literal["here", "ray"] = "here",
 ) -> Endpoint:
     """Put a bundle behind an endpoint name, or replace what is behind it without a failed request.
 
@@ -40,6 +43,7 @@ def serve(
         canary: give the bundle this share of the requests only, 0 to 1; the one before answers the others. Serving
             it once more without makes it the one.
         shadow: let the bundle answer a copy of the requests that nobody sees; metrics count how often both agree.
+        engine: ray deploys it to a Ray cluster (or a local one), with serve.workers replicas, until interrupted.
 
     Raises:
         BundleError: the bundle is damaged; what is being served goes on.
@@ -48,6 +52,7 @@ def serve(
     Example:
         trilobe serve --background --port 8000
         trilobe serve --canary 0.05
+        trilobe serve --engine ray --port 8000
         trilobe serve --stop
     """
     with opened(project) as p:
@@ -61,6 +66,11 @@ def serve(
         capture = settings.capture if capture is None else capture
         if not 0 <= capture <= 1:
             raise UsageError(f"capture = {capture}", expected="a share from 0 to 1")
+        how_served = _settings(settings, p.folder)
+        if engine == "ray":
+            wishes = {"": Wish(str(chosen.path.resolve()))}
+            wishes |= {other: Wish(str(_bundle(p, source).path.resolve())) for other, source in settings.models.items()}
+            return _serve_on_ray(p, name, wishes, port or 8000, capture, how_served)
         if _running(folder):
             tell(f"replacing what is behind {name!r}" if not (canary or shadow) else f"trying it beside {name!r}")
             replaced = endpoints.replace(folder, chosen.path, canary=canary, shadow=shadow)
@@ -77,11 +87,19 @@ def serve(
             how = ["--port", str(port), "--capture", str(capture)]
             command = [sys.executable, "-m", "trilobe", "serve", str(chosen.path.resolve()), *where, *how]
             return endpoints.start(folder, name, command)
-        task, captures, base = p.task, p.captures, p.folder
+        task, captures = p.task, p.captures
     tell(f"serving {name!r}; interrupt with Ctrl-C")
-    how_served = _settings(settings, base)
     serve_forever(folder, name, task.servable, captures, settings.host, port, capture, settings.max_body, how_served)
     return endpoints.status(folder)
+
+
+def _serve_on_ray(p: Project, name: str, wishes: dict[str, Wish], port: int, capture: float, how: Settings) -> Endpoint:
+    from trilobe.infrastructure.serve.on_ray import serve_on_ray_forever
+
+    tell(f"serving {name!r} on Ray; interrupt with Ctrl-C")
+    host = p.config.serve.host
+    serve_on_ray_forever(name, p.task.servable, wishes, host, port, p.captures, capture, p.config.serve.max_body, how)
+    return Endpoint(name, f"http://{host}:{port}", "", "stopped")
 
 
 def _settings(section: ServeSection, base: Path) -> Settings:
@@ -109,7 +127,7 @@ def pipelines(section: ServeSection, base: Path) -> tuple[Flow, ...]:
 
     >>> from trilobe.config import StepSection
     >>> step = StepSection(model="digits", inputs={"image": "photo"})
-    >>> one = PipelineSection(inputs={"photo": "UINT8[-1,8,8,1]"}, outputs={"proba": "step.proba"}, steps={"step": step})
+    >>> one = PipelineSection(inputs={"photo": "UINT8[-1,8,8,1]"}, outputs={"p": "step.proba"}, steps={"step": step})
     >>> [flow.name for flow in pipelines(ServeSection(pipelines={"inspect": one}), Path())]
     ['inspect']
     """

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from trilobe.errors import TrilobeError
 from trilobe.infrastructure.serve.http import Reply, Request
 from trilobe.infrastructure.serve.protocol import Refused
 from trilobe.infrastructure.serve.server import Server
@@ -54,7 +55,11 @@ class Asgi:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                await self.server()
+                try:
+                    await self.server()
+                except TrilobeError as error:
+                    await send({"type": "lifespan.startup.failed", "message": str(error)})
+                    return
                 await send({"type": "lifespan.startup.complete"})
             else:
                 (await self.server()).close()

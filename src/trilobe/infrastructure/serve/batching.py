@@ -292,11 +292,12 @@ class Queue:
         meter = self.meter
         if meter is None:
             return
-        good = [ticket for ticket, _, error in done.answers if error is None]
+        pairs = zip(done.answers, done.queue_ns, strict=True)
+        good = [(ticket, waited) for (ticket, _, error), waited in pairs if error is None]
         if good:
-            meter.batch(done.queue_ns, done.rows, done.infer_ns)
-            for ticket, queued, output_ns in zip(good, done.queue_ns, done.output_ns, strict=False):
-                meter.request(ticket.input_ns + queued + done.infer_ns + output_ns, ticket.input_ns, output_ns)
+            meter.batch([waited for _, waited in good], sum(ticket.rows for ticket, _ in good), done.infer_ns)
+            for (ticket, waited), output_ns in zip(good, done.output_ns, strict=True):
+                meter.request(ticket.input_ns + waited + done.infer_ns + output_ns, ticket.input_ns, output_ns)
         if failed := len(done.answers) - len(good):
             meter.failed("BACKEND", failed)
         if self.waiting != self._told:

@@ -7,12 +7,13 @@ would, and its JSON retold, so the two front ends cannot differ in what they say
 """
 
 import asyncio
+import contextlib
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 import msgspec
@@ -421,6 +422,32 @@ class GrpcFront(NamedTuple):
         await self.server.stop(patience)
 
 
+def _credentials(certificate: Path, key: Path, authority: Path | None) -> Any:
+    """TLS with these files, looked at again at every new connection: a renewed certificate needs no restart."""
+    import grpc
+
+    files = [path for path in (certificate, key, authority) if path is not None]
+
+    def stamp() -> list[int]:
+        return [path.stat().st_mtime_ns for path in files]
+
+    def read() -> Any:
+        pairs = [(key.read_bytes(), certificate.read_bytes())]
+        return grpc.ssl_server_certificate_configuration(pairs, authority.read_bytes() if authority else None)
+
+    known = stamp()
+
+    def renewed() -> Any:
+        nonlocal known
+        with contextlib.suppress(OSError):  # files that are just being replaced: next time
+            if (now := stamp()) != known:
+                known = now
+                return read()
+        return None
+
+    return grpc.dynamic_ssl_server_credentials(read(), renewed, authority is not None)
+
+
 async def start_grpc(
     server: "Server",
     host: str = "127.0.0.1",
@@ -456,10 +483,7 @@ async def start_grpc(
         if tls is None:
             bound = front.add_insecure_port(address)
         else:
-            certificate, key, authority = (path.read_bytes() if path else None for path in tls)
-            pairs = [(cast("bytes", key), cast("bytes", certificate))]
-            secrets = grpc.ssl_server_credentials(pairs, authority, authority is not None)
-            bound = front.add_secure_port(address, secrets)
+            bound = front.add_secure_port(address, _credentials(*tls))
     except RuntimeError as error:
         raise PortInUse(f"port {port} of {host} cannot be used for gRPC ({error})", expected="a free port") from error
     if not bound:

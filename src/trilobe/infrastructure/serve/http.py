@@ -117,6 +117,7 @@ class HttpServer:
         self.connections: set[_Connection] = set()
         self.stopping = False
         self.held = 0  # bytes of bodies that have arrived in part
+        self.responses: dict[int, int] = {}  # how many were sent, by status
         self._servers: list[asyncio.Server] = []
         self._sweep: asyncio.Task[None] | None = None
 
@@ -419,6 +420,8 @@ class _Connection(asyncio.Protocol):
             reply = _failed()
             head = _head(reply, end)
         self.transport.write(head if head_only else head + reply[2])
+        sent = self.server.responses
+        sent[reply[0]] = sent.get(reply[0], 0) + 1
         self.busy = False
         if end is _CLOSE:
             self._close()

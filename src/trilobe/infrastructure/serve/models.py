@@ -31,6 +31,7 @@ from trilobe.types import Bundle
 
 Load = Callable[[Bundle], Servable]
 Watch = Callable[[str, Servable, Arrays, Mapping[str, NDArray[Any]]], None]
+Threshold = Callable[[str, Bundle], float | None]
 VersionState = Literal["creating", "ready", "failed", "deleting"]
 DRAIN_SECONDS = 60.0
 FIRST_GUESS = 1e-2  # seconds for a row of a step in Python, until it is measured: first in a thread
@@ -39,14 +40,17 @@ logger = logging.getLogger(__name__)
 
 
 class Version:
-    """One loaded servable: its queue, its figures, its state."""
+    """One loaded servable: its queue, its figures, its state.
+
+    Rows of which it is less sure than its ``threshold`` are left to people (None: it answers all).
+    """
 
     def __init__(
         self, name: str, id_: str, servable: Servable, queue: Queue, meter: Meter, preparation: Queue | None = None,
-        rest: Queue | None = None,
+        rest: Queue | None = None, threshold: float | None = None,
     ) -> None:  # fmt: skip
         self.name, self.id, self.servable, self.queue, self.meter = name, id_, servable, queue, meter
-        self.preparation, self.rest = preparation, rest
+        self.preparation, self.rest, self.threshold = preparation, rest, threshold
         self.reader = Reader(servable.inputs, servable.outputs)
         self.writer = Writer(servable.outputs, name, id_, servable.labels)
         self.state: VersionState = "ready"
@@ -97,6 +101,7 @@ class FlowVersion:
 
     platform = "trilobe_flow"
     state: VersionState = "ready"
+    threshold: float | None = None  # a flow answers for itself, whatever its steps are in doubt about
 
     def __init__(self, flow: Flow, outputs: tuple[TensorSpec, ...], repository: "Repository") -> None:
         self.name, self.id, self.flow, self.outputs = flow.name, "1", flow, outputs
@@ -241,7 +246,8 @@ class Repository:
     """All models of one process, and the way from what is wished for to what is served.
 
     Lives in one event loop; bundles are read, built and warmed up in a thread beside it. ``load`` says what a bundle
-    means; ``watch`` sees every batch of every version (for captures).
+    means; ``watch`` sees every batch of every version (for captures); ``threshold`` says below which confidence a
+    bundle behind a name leaves answers to people.
     """
 
     def __init__(
@@ -252,11 +258,12 @@ class Repository:
         batching: Mapping[str, Batching] | None = None,
         watch: Watch | None = None,
         flows: Sequence[Flow] = (),
+        threshold: Threshold = lambda name, bundle: None,
     ) -> None:
         self.flows = {flow.name: flow for flow in flows}
         self.models: dict[str, Model] = {}
         self.scheduler, self.meters, self.batching, self.watch = scheduler, meters, dict(batching or {}), watch
-        self._load = load
+        self._load, self._threshold = load, threshold
         self.unloaded: list[str] = []
         self._draining: set[asyncio.Task[None]] = set()
 

@@ -97,7 +97,7 @@ def _get(summary: str, schema: Schema | None, **others: str) -> Schema:
 def _post(summary: str, schema: Schema | None, body: Schema | None = None, **others: str) -> Schema:
     operation: Schema = {"operationId": summary, "summary": summary, "responses": _answers(schema, summary, **others)}
     if body is not None:
-        operation["requestBody"] = {"required": True, "content": {JSON: {"schema": body}}}
+        operation["requestBody"] = {"content": {JSON: {"schema": body}}}
     return {"post": operation}
 
 
@@ -260,8 +260,7 @@ def _parameters(**properties: Schema) -> Schema:
 
 
 def _tensor(spec: TensorSpec, with_data: bool) -> Schema:
-    sizes = [{"const": size} if size != -1 else {"type": "integer", "minimum": 1} for size in spec.shape]
-    rank = len(sizes)
+    rank = len(spec.shape)
     element = _element(spec)
     flat: Schema = {"type": "array", "items": element, "minItems": 1}
     nested = element
@@ -275,9 +274,9 @@ def _tensor(spec: TensorSpec, with_data: bool) -> Schema:
             "name": {"const": spec.name},
             "datatype": {"const": spec.datatype},
             "shape": {
+                "description": f"fits {list(spec.shape)}, where -1 is any size from 1",
                 "type": "array",
-                "prefixItems": sizes,
-                "items": {"type": "integer"},
+                "items": {"type": "integer", "minimum": 1},
                 "minItems": rank,
                 "maxItems": rank,
             },

@@ -215,7 +215,7 @@ async def _serve(
     context = server_context(*settings.tls) if settings.tls else None
     say(state)
     tried = asyncio.Event()
-    following = asyncio.create_task(_follow(server, job, state, say, tried, ended))
+    following = asyncio.create_task(_follow(server, front, job, state, say, tried, ended))
     if settings.workers > 1:  # the others answer meanwhile: clients need not see how a new one begins
         await asyncio.wait([asyncio.create_task(e.wait()) for e in (tried, ended)], return_when="FIRST_COMPLETED")
     await front.start(listener, context)
@@ -238,6 +238,7 @@ async def _serve(
 
 async def _follow(
     server: Server,
+    front: HttpServer,
     job: _Job,
     state: State,
     say: Callable[[State], None],
@@ -263,7 +264,7 @@ async def _follow(
             if str(error) != complaint:
                 logger.warning("%s", error)
             complaint = str(error)
-        server.meters.gauge("trilobe_ready", int(server.repository.ready))
+        _count(server, front)
         if job.settings.workers > 1:
             with contextlib.suppress(OSError):
                 os.utime(_worker_file(job.folder, os.getpid()))
@@ -271,6 +272,15 @@ async def _follow(
                 logger.error("%d threads hang: this worker makes room for another", server.scheduler.lost)
                 ended.set()
         await asyncio.sleep(POLL_SECONDS)
+
+
+def _count(server: Server, front: HttpServer) -> None:
+    """What is cheaper to count now and then than with every request."""
+    server.meters.gauge("trilobe_ready", int(server.repository.ready))
+    server.meters.gauge("trilobe_connections", len(front.connections))
+    sent, front.responses = front.responses, {}
+    for status, n in sent.items():
+        server.meters.count("trilobe_http_responses_total", n, code=status)
 
 
 def _room(limits: Limits) -> int:

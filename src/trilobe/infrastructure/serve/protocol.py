@@ -358,6 +358,8 @@ class Reader:
 
     def _parse_raw(self, body: bytes) -> Call:
         """The single tensor that all of ``body`` is: a batch of one, with at most one more free size to work out."""
+        if not body:
+            raise DataError("an empty body", expected="a tensor")
         slot = self.slots[self._first]
         shape = [1, *slot.tail]
         if slot.kind == "O" and len(self.inputs) == 1 and shape == [1]:

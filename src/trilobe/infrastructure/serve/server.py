@@ -25,7 +25,7 @@ from trilobe.infrastructure.serve.batching import Batching, Scheduler, blame
 from trilobe.infrastructure.serve.graph import Flow
 from trilobe.infrastructure.serve.http import Reply, Request, json_reply
 from trilobe.infrastructure.serve.logs import Access, request_id
-from trilobe.infrastructure.serve.metrics import Meters
+from trilobe.infrastructure.serve.metrics import CONTENT_TYPE, Meters
 from trilobe.infrastructure.serve.models import AnyVersion, Load, Model, Repository
 from trilobe.infrastructure.serve.protocol import Call, Refused, compress, decompress
 from trilobe.infrastructure.serve.traces import Trace, Traces
@@ -183,7 +183,7 @@ class Server:
             case ["metrics"]:
                 allow(request, "GET", "HEAD")
                 client.require("metrics")
-                return 200, {"content-type": "text/plain; version=0.0.4; charset=utf-8"}, self.meters.render().encode()
+                return 200, {"content-type": CONTENT_TYPE}, self.meters.render().encode()
             case _:
                 raise Refused(
                     404, f"there is nothing at {request.path!r}", expected="a path of the Open Inference Protocol v2"

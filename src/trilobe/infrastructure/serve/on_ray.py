@@ -1,0 +1,84 @@
+"""The same server on a Ray cluster: Ray Serve starts the replicas, spreads the requests and replaces what dies.
+
+Every replica is a :class:`~trilobe.infrastructure.serve.server.Server` behind
+:class:`~trilobe.infrastructure.serve.asgi.Asgi`: the same models, pipelines, batches and answers as on one machine.
+Ray's proxy costs more than our own front: use it to grow over machines, not to be fast on one.
+"""
+
+import threading
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trilobe.errors import MissingExtra, ServeError
+from trilobe.infrastructure.capture import CaptureLog
+from trilobe.infrastructure.endpoint import Wish
+from trilobe.infrastructure.serve.asgi import Asgi
+from trilobe.infrastructure.serve.models import Load
+from trilobe.infrastructure.serve.process import Settings
+from trilobe.infrastructure.serve.server import MAX_BODY, Server
+
+
+async def _make(
+    name: str, load: Load, wishes: Mapping[str, Wish], captures: Path | None, rate: float, max_body: int,
+    settings: Settings,
+) -> Server:  # fmt: skip
+    log = CaptureLog(captures, name, rate) if captures is not None else None
+    server = Server(name, load, log, max_body, settings.flows, settings.batching, threads=settings.threads)
+    await server.apply(wishes)
+    if not server.repository.ready:
+        reasons = [model.error for model in server.repository.models.values() if model.error]
+        raise ServeError(f"{name!r} cannot be served: {'; '.join(reasons)}")
+    return server
+
+
+def start_on_ray(
+    name: str,
+    load: Load,
+    wishes: Mapping[str, Wish],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    captures: Path | None = None,
+    capture_rate: float = 0.0,
+    max_body: int = MAX_BODY,
+    settings: Settings | None = None,
+) -> str:
+    """Deploy to the Ray cluster of this process (a local one is started where there is none); the endpoint's URL.
+
+    ``settings.workers`` are the replicas. Bundles must lie where every node finds them by the same path. Deploying the
+    same name again replaces it without a failed request. Raises :class:`~trilobe.errors.MissingExtra` without Ray
+    Serve, :class:`~trilobe.errors.ServeError` where the deployment does not become healthy.
+    """
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise MissingExtra(
+            "Ray Serve is not installed", expected="ray with its serving part", hint="pip install 'trilobe[ray]'"
+        ) from error
+    settings = settings or Settings()
+    make = partial(_make, name, load, dict(wishes), captures, capture_rate, max_body, settings)
+    replica: Any = serve.deployment(
+        name=name, num_replicas=settings.workers, max_ongoing_requests=1024, ray_actor_options={"num_cpus": 1}
+    )(serve.ingress(Asgi(make))(_Replica))
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(replica.bind(), name=name, route_prefix="/")
+    except (RuntimeError, OSError) as error:
+        raise ServeError(f"Ray does not serve {name!r}: {error}", hint="see the replica's log") from error
+    return f"http://{host}:{port}"
+
+
+def serve_on_ray_forever(*args: Any, **kwargs: Any) -> None:
+    """:func:`start_on_ray`, until interrupted; then the deployment is taken down."""
+    from ray import serve
+
+    start_on_ray(*args, **kwargs)
+    try:
+        threading.Event().wait()
+    finally:
+        serve.shutdown()
+
+
+class _Replica:
+    """Ray wants a class to put the application into."""
