@@ -3,6 +3,7 @@
 import asyncio
 import io
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from support.lines import line, load, run
 from trilobe.config import PipelineSection, ServeSection, StepSection
 from trilobe.errors import ConfigError, DataError, ServeError, UsageError
 from trilobe.infrastructure.endpoint import Wish
-from trilobe.infrastructure.pipeline import TensorSpec
+from trilobe.infrastructure.pipeline import Pipeline, TensorSpec
 from trilobe.infrastructure.serve import Batching, Flow, Node, Server, flow, function, graph
 from trilobe.infrastructure.serve.protocol import Refused
 from trilobe.loop.serving import pipelines
@@ -238,3 +239,23 @@ def test_photos_are_decoded_exactly_as_for_training() -> None:
         assert decode_color({"photo": sent})["image"].shape == (1, 13, 17, 3)
     with pytest.raises(DataError, match="step 'decode_gray': not an image"):
         decode_gray({"photo": np.array([b"no image", b""], dtype=object)[:1]})
+
+
+def test_models_whose_rows_depend_on_their_company_are_run_alone(tmp_path: Path) -> None:
+    """The promise is the same bits; a network that cannot keep it in a batch gets no batches."""
+
+    def company(bundle: Any) -> Any:
+        honest = load(bundle)
+        steps = [*honest.pipeline.steps, ("mean", lambda data: {"y": data["y"] + data["y"].std() + len(data["y"])})]
+        return replace(honest, pipeline=Pipeline(steps))
+
+    async def test() -> None:
+        server = Server("lines", company)
+        await server.apply({"": Wish(str(line(2, tmp_path / "b")))})
+        version = server.model("lines")
+        assert not version.queue.joins
+        answers = await asyncio.gather(*[ask(server, "lines", x=ONES) for _ in range(3)])
+        assert version.queue.batches == 3 and all(a["y"].tolist() == [[2.0] * 3] for a in answers)
+        server.close()
+
+    run(test)

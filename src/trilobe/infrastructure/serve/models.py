@@ -47,10 +47,11 @@ class Version:
 
     def __init__(
         self, name: str, id_: str, servable: Servable, queue: Queue, meter: Meter, preparation: Queue | None = None,
-        rest: Queue | None = None, threshold: float | None = None,
+        rest: Queue | None = None,
     ) -> None:  # fmt: skip
         self.name, self.id, self.servable, self.queue, self.meter = name, id_, servable, queue, meter
-        self.preparation, self.rest, self.threshold = preparation, rest, threshold
+        self.preparation, self.rest = preparation, rest
+        self.threshold: float | None = None
         self.reader = Reader(servable.inputs, servable.outputs)
         self.writer = Writer(servable.outputs, name, id_, servable.labels)
         self.state: VersionState = "ready"
@@ -354,14 +355,17 @@ class Repository:
         known = model.versions.get(bundle.id)
         if not isinstance(known, Version):
             servable, cost, joins = await asyncio.to_thread(self._build, bundle)
+            threshold = self._threshold(model.name, bundle)
+            if threshold is not None:
+                _expect_proba(servable)
             known = model.versions[bundle.id] = self._version(model.name, bundle.id, servable, cost, joins)
+            known.threshold = threshold
         return known
 
     def _build(self, bundle: Bundle) -> tuple[Servable, float, bool]:
         servable = self._load(bundle)
         servable.warm_up()
-        joins = all(spec.shape[:1] == (-1,) for spec in (*servable.inputs, *servable.outputs))
-        return servable, _cost(servable), joins
+        return servable, _cost(servable), _joins(servable)
 
     def _version(self, name: str, id_: str, servable: Servable, cost: float, joins: bool) -> Version:
         meter = self.meters.of(name, id_)
@@ -449,6 +453,26 @@ def _agree(first: Mapping[str, NDArray[Any]], second: Mapping[str, NDArray[Any]]
     if a.dtype.kind == "f" and a.ndim > 1 and a.shape == b.shape:
         return bool((a.argmax(axis=-1) == b.argmax(axis=-1)).all())
     return np.array_equal(a, b)
+
+
+def _expect_proba(servable: Servable) -> None:
+    """What captures take for granted, deferral needs: the first output holds probabilities of each row."""
+    first = servable.outputs[0]
+    if first.dtype.kind != "f" or len(first.shape) != 2 or {servable.inputs[0].shape[:1], first.shape[:1]} != {(-1,)}:
+        raise ServeError(
+            f"what is in doubt cannot be left to people: the first output is {first.datatype}{list(first.shape)}",
+            expected="probabilities, FP32[-1, n_classes]",
+            hint="serve it without serve.defer_error and serve.defer_share",
+        )
+
+
+def _joins(servable: Servable) -> bool:
+    """Whether requests may be computed together: whether a row among others gets the bits it gets alone."""
+    if any(spec.shape[:1] != (-1,) for spec in (*servable.inputs, *servable.outputs)):
+        return False
+    row = {name: array[:1] for name, array in servable.warmup.items()}
+    alone, among = servable.run(row), servable.run({name: np.repeat(array, 3, axis=0) for name, array in row.items()})
+    return all(np.array_equal(np.repeat(alone[name], 3, axis=0), array) for name, array in among.items())
 
 
 def _cost(servable: Servable) -> float:
