@@ -16,7 +16,7 @@ $(VENV)/demo: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/demo
-	@$(INSTALL) -e '.[demo,postgres,text,ray,test,docs]'
+	@$(INSTALL) -e '.[demo,postgres,text,ray,grpc,otel,sign,test,docs]'
 	@touch $@
 
 demo: $(VENV)/demo   ## the whole loop on real handwritten digits: installs, then runs for about a minute
@@ -32,7 +32,7 @@ lint: $(VENV)/dev   ## style, types
 
 test-system:     ## Debian packages that some tests need; without them those tests skip and say so
 	apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium postgresql >/dev/null
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium iproute2 postgresql prometheus skopeo >/dev/null
 
 bench: $(VENV)/dev   ## the quick form of every benchmark
 	@for run in benchmarks/*/run.py; do echo "== $$run"; $(BIN)/python $$run --quick || exit 1; done

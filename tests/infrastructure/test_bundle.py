@@ -1,5 +1,6 @@
 """Bundles: whole or absent, verified byte by byte when opened, and clear about what is wrong."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -9,8 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trilobe import __version__
 from trilobe.errors import BundleError, DiskFull, UsageError
-from trilobe.infrastructure.bundle import MANIFEST, REQUIRED_FILES, open_bundle, read_bytes, read_json, write_bundle
+from trilobe.infrastructure.bundle import (
+    MANIFEST,
+    REQUIRED_FILES,
+    bundle_id,
+    open_bundle,
+    read_bytes,
+    read_json,
+    write_bundle,
+)
 
 FILES = {name: f'{{"file": "{name}"}}'.encode() for name in REQUIRED_FILES}
 
@@ -98,7 +108,11 @@ def test_what_does_not_belong_is_named(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "trilobe-bundle.v2"}, "update Trilobe"),
+        ({"format": "trilobe-bundle.v2", "trilobe": "2.3.1"}, r"update Trilobe \(pip install 'trilobe>=2.3.1'\)"),
+        ({"format": "trilobe-bundle.v10.1", "trilobe": "9 && evil"}, r"update Trilobe \(pip install -U trilobe\)"),
+        ({"format": "trilobe-bundle.v0"}, "package the model again with this version"),
+        ({"format": "trilobe-bundle.v1.x"}, "point to a Trilobe bundle"),
+        ({"format": "trilobe-bundle.v1.0.0"}, "point to a Trilobe bundle"),
         ({"format": "zip"}, "point to a Trilobe bundle"),
         ({"format": None}, "format None"),
         ({"id": "0" * 12}, "was edited"),
@@ -113,6 +127,40 @@ def test_bad_manifests(path: Path, changes: dict[str, object], message: str) -> 
         open_bundle(path)
 
 
+def test_a_newer_minor_is_read_and_what_it_adds_is_ignored(path: Path) -> None:
+    """The rule of the format: within a major version there are only additions."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / "later.json").write_bytes(b"{}")
+    files = {name: {**file, "compressed": False} for name, file in manifest["files"].items()}
+    files["later.json"] = {"sha256": hashlib.sha256(b"{}").hexdigest(), "bytes": 2}
+    digests = {name: file["sha256"] for name, file in files.items()}
+    edit_manifest(path, format="trilobe-bundle.v1.7", files=files, id=bundle_id(digests), deferral={"threshold": 0.7})
+    bundle = open_bundle(path)
+    assert bundle.manifest["deferral"] == {"threshold": 0.7} and read_json(bundle, "later.json") == {}
+    (path / "later.json").write_bytes(b"[]")
+    with pytest.raises(BundleError, match=r"later\.json was edited"):
+        open_bundle(path)
+
+
+def test_a_bundle_from_before_the_manifest_named_its_version(path: Path) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    assert manifest.pop("trilobe") == __version__
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    opened = open_bundle(path)
+    assert write_bundle(path, FILES, "m1", {"task": "images", "n": 3}) == opened, "the same, by another version"
+
+
+def test_the_time_may_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
+    made = [write_bundle(tmp_path / name, FILES, "m1", {}) for name in "ab"]
+    assert (made[0].path / MANIFEST).read_bytes() == (made[1].path / MANIFEST).read_bytes()
+    assert made[0].manifest["created_at"] == 1e9
+    for wrong in ("yesterday", "-1", "1.5", "9" * 30):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", wrong)
+        with pytest.raises(UsageError, match="SOURCE_DATE_EPOCH"):
+            write_bundle(tmp_path / "c", FILES, "m1", {})
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'"a"', b"[" * 100_000, b"null"])
 def test_unparsable_manifests(path: Path, content: bytes) -> None:
     (path / MANIFEST).write_bytes(content)
@@ -125,11 +173,9 @@ def test_only_plain_names(path: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="plain file names"):
         write_bundle(tmp_path / "new", {**FILES, name: b""}, "m1", {})
     assert not (tmp_path / "new").exists()
-    from trilobe.infrastructure import bundle as module
-
     files = json.loads((path / MANIFEST).read_text())["files"]
     files[name] = {"sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", "bytes": 0}
-    edit_manifest(path, files=files, id=module.bundle_id({n: f["sha256"] for n, f in files.items()}))
+    edit_manifest(path, files=files, id=bundle_id({n: f["sha256"] for n, f in files.items()}))
     with pytest.raises(BundleError, match="plain file names"):
         open_bundle(path)
 

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from trilobe.errors import DataError, ServeError, UsageError
-from trilobe.infrastructure.pipeline import DATATYPES, Pipeline, Servable, TensorSpec, onnx_step
+from trilobe.infrastructure.pipeline import (
+    _HOLDS,
+    DATATYPES,
+    Pipeline,
+    Servable,
+    TensorSpec,
+    onnx_step,
+    takes_from_files,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -148,3 +156,91 @@ def test_warming_up_checks_its_own_example() -> None:
         servable(lambda d: {"y": d["x"].sum(axis=1)}, np.ones((1, 3), np.float32)).warm_up()
     with pytest.raises(ServeError, match="no 'x'"):
         Servable(good.pipeline, good.inputs, good.outputs, {}).warm_up()
+
+
+# --- graphs that name files ---------------------------------------------------------------------------------------
+
+
+def outside(name: str, location: str) -> onnx.TensorProto:
+    """A tensor of two numbers that are said to be in another file."""
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[2], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=location)
+    return tensor
+
+
+def with_tensor(where: str, tensor: onnx.TensorProto) -> bytes:
+    """A graph that holds ``tensor`` at one of the places where a graph may hold tensors."""
+    ports = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])]
+    inner = helper.make_graph([], "inner", [], [helper.make_tensor_value_info("w", TensorProto.FLOAT, [2])], [tensor])
+    node = helper.make_node("Identity", ["x"], ["z"])
+    match where:
+        case "constant" | "list":
+            key, value = ("value", tensor) if where == "constant" else ("values", [tensor])
+            node = helper.make_node("Constant", [], ["z"], **{key: value})
+        case "branch" | "branches":
+            node = helper.make_node("If", ["x"], ["z"], **{where: inner if where == "branch" else [inner]})
+        case "sparse attribute":
+            sparse = helper.make_sparse_tensor(tensor, numpy_helper.from_array(np.array([0, 1])), [2])
+            node = helper.make_node("Constant", [], ["z"], sparse_value=sparse)
+    graph = helper.make_graph([node], "g", ports, [helper.make_tensor_value_info("z", TensorProto.FLOAT, [2])])
+    model = helper.make_model(graph)
+    match where:
+        case "initializer":
+            model.graph.initializer.append(tensor)
+        case "sparse initializer":
+            model.graph.sparse_initializer.add().indices.CopyFrom(tensor)
+        case "training":
+            model.training_info.add().initialization.initializer.append(tensor)
+        case "function":
+            model.functions.add().node.append(helper.make_node("Constant", [], ["w"], value=tensor))
+        case "function attribute":
+            model.functions.add().attribute_proto.append(helper.make_attribute("value", tensor))
+    return model.SerializeToString()
+
+
+PLACES = ["initializer", "sparse initializer", "constant", "list", "branch", "branches", "sparse attribute",
+          "training", "function", "function attribute"]  # fmt: skip
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_tensors_in_other_files_are_found_wherever_they_hide(where: str) -> None:
+    inside = numpy_helper.from_array(np.ones(2, np.float32), "w")
+    assert not takes_from_files(with_tensor(where, inside))
+    assert takes_from_files(with_tensor(where, outside("w", "w.bin")))
+
+
+def test_the_places_are_those_of_onnx() -> None:
+    """Against ONNX's own description: every message that can hold a tensor is followed, and nothing is misnumbered."""
+    names = {"ModelProto": "model", "TrainingInfoProto": "training", "GraphProto": "graph", "NodeProto": "node",
+             "FunctionProto": "function", "AttributeProto": "attribute", "SparseTensorProto": "sparse",
+             "TensorProto": "tensor"}  # fmt: skip
+    for proto, name in names.items():
+        fields = getattr(onnx, proto).DESCRIPTOR.fields
+        assert _HOLDS[name] == {f.number: names[f.message_type.name] for f in fields
+                                if f.message_type and f.message_type.name in names}  # fmt: skip
+    numbers = TensorProto.DESCRIPTOR.fields_by_name
+    assert (numbers["external_data"].number, numbers["data_location"].number) == (13, 14)
+
+
+@pytest.mark.parametrize("location", ["secret.bin", "../secret/secret.bin", "/etc/hostname", "*/_ORT_MEM_ADDR_/*"])
+def test_a_graph_cannot_hand_out_files(location: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime alone would: it reads what such an output names, relative to the current folder, ``..`` included."""
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "secret.bin").write_bytes(np.array([1.5, 2.5], "<f4").tobytes())
+    monkeypatch.chdir(tmp_path / "secret")
+    model = onnx.load_from_string(with_tensor("initializer", outside("w", location)))
+    model.graph.output.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [2]))
+    with pytest.raises(ServeError, match="other files"):
+        onnx_step(model.SerializeToString())
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ServeError, match="other files"):
+        onnx_step(tmp_path / "model.onnx")
+
+
+@given(st.binary(max_size=60), st.integers(0, 400))
+def test_whatever_is_no_graph_is_an_error_in_words(noise: bytes, at: int) -> None:
+    whole = with_tensor("initializer", numpy_helper.from_array(np.ones(2, np.float32), "w"))
+    try:
+        takes_from_files(whole[:at] + noise + whole[at + len(noise) :])
+    except DataError:
+        return

@@ -731,3 +731,16 @@ def test_numbers_are_exact(store: Store) -> None:
     exact = [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, math.inf, -math.inf, 2.0**53 + 2]
     store.add_evidence("m", [Evidence(f"c{i}", x, x, x) for i, x in enumerate(exact)])
     assert [e.figure for e in store.evidence("m")] == exact
+
+
+def test_bundles_are_found_after_the_project_has_moved(tmp_path: Path) -> None:
+    """Packaged under a relative path or in another place: the folder that lies in the project is the one."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    with Store.open(old / ".trilobe", create=True) as store:
+        store.add_model(model("m1"))
+        store.add_bundle(Bundle("b1", Path("nowhere/.trilobe/bundles/pets-b1"), "m1", {}))
+        assert store.bundle("b1").path == Path("nowhere/.trilobe/bundles/pets-b1"), "nothing better is known"
+    old.rename(new)
+    (new / ".trilobe" / "bundles" / "pets-b1").mkdir(parents=True)
+    with Store.open(new / ".trilobe") as store:
+        assert store.bundle().path == store.bundles()[0].path == new / ".trilobe" / "bundles" / "pets-b1"

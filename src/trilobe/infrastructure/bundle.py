@@ -3,12 +3,16 @@
 A bundle is whole or absent, and opening one verifies every byte the manifest lists. What the files mean is the
 business of the task that wrote them; here they are names, sizes and digests. The manifest's own extra keys are for
 people and reports: they are not covered by the id.
+
+The format is ``trilobe-bundle.vMAJOR`` or ``trilobe-bundle.vMAJOR.MINOR``. A higher minor only adds keys and files,
+which are ignored here; a higher major changes what is there, and is refused with the Trilobe that reads it.
 """
 
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -18,11 +22,12 @@ from typing import Any
 
 import msgspec
 
+from trilobe import __version__
 from trilobe.errors import BundleError, DiskFull, StorageError, UsageError
 from trilobe.files import FULL, sync_folder
 from trilobe.types import Bundle
 
-FORMAT = "trilobe-bundle.v1"
+FORMAT, MAJOR = "trilobe-bundle.v1", 1
 MANIFEST = "manifest.json"
 REQUIRED_FILES = (
     "weights.safetensors",
@@ -47,6 +52,7 @@ class _Manifest(msgspec.Struct, frozen=True):
     model_id: str
     created_at: float
     files: dict[str, _File]
+    trilobe: str = ""  # the version that wrote it, which hence reads it
 
 
 def write_bundle(path: Path, files: Mapping[str, bytes], model_id: str, meta: Mapping[str, Any]) -> Bundle:
@@ -161,8 +167,9 @@ def _manifest(files: Mapping[str, bytes], model_id: str, meta: Mapping[str, Any]
         raise UsageError(f"meta would overwrite {taken} of the manifest", expected="other keys")
     listed = {n: {"sha256": hashlib.sha256(files[n]).hexdigest(), "bytes": len(files[n])} for n in sorted(files)}
     head = {"format": FORMAT, "id": bundle_id({n: str(f["sha256"]) for n, f in listed.items()}), "model_id": model_id}
+    made = {"created_at": source_date(time.time()), "trilobe": __version__}
     # A round trip through JSON, so that what is returned now equals what is read back later.
-    whole: dict[str, Any] = json.loads(json.dumps({**head, "created_at": time.time(), "files": listed, **meta}))
+    whole: dict[str, Any] = json.loads(json.dumps({**head, **made, "files": listed, **meta}))
     return whole
 
 
@@ -177,18 +184,32 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], _Manifest]:
         ) from error
     try:
         raw = msgspec.json.decode(data, type=dict[str, Any])
-        if (found := raw.get("format")) != FORMAT:
-            newer = isinstance(found, str) and found.startswith("trilobe-bundle.v")
-            hint = "update Trilobe, or package again with this version" if newer else "point to a Trilobe bundle"
-            raise BundleError(f"bundle {path} has the format {found!r}", expected=repr(FORMAT), hint=hint)
+        _expect_readable(path, raw)
         return raw, msgspec.convert(raw, _Manifest)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise _broken(path, f"{MANIFEST} cannot be used ({error})", "the JSON that packaging wrote") from error
 
 
+def _expect_readable(path: Path, raw: Mapping[str, Any]) -> None:
+    """Raise BundleError unless the format is of our major version; which minor does not matter."""
+    said = raw.get("format")
+    found = re.fullmatch(r"trilobe-bundle\.v(\d{1,9})(?:\.\d{1,9})?", said) if isinstance(said, str) else None
+    if found and int(found[1]) == MAJOR:
+        return
+    hint = "point to a Trilobe bundle"
+    if found and int(found[1]) > MAJOR:
+        by = str(raw.get("trilobe") or "")
+        which = f"pip install 'trilobe>={by}'" if re.fullmatch(r"\d[\w.+-]{0,30}", by) else "pip install -U trilobe"
+        hint = f"update Trilobe ({which}), or package again with {__version__}"
+    elif found:
+        hint = "package the model again with this version"
+    raise BundleError(f"bundle {path} has the format {said!r}", expected=f"{FORMAT!r}, or a minor of it", hint=hint)
+
+
 def _same(bundle: Bundle, manifest: Mapping[str, Any]) -> Bundle:
-    """The bundle that is there, if it is the one wanted; only the time it was made may differ."""
-    if {**bundle.manifest, "created_at": 0} != {**manifest, "created_at": 0}:
+    """The bundle that is there, if it is the one wanted; only when and by which version it was made may differ."""
+    made = {"created_at": 0, "trilobe": ""}
+    if {**bundle.manifest, **made} != {**manifest, **made}:
         raise BundleError(
             f"{bundle.path} already holds the bundle {bundle.id}, different from {manifest['id']}",
             expected="an unused path, or the same content",
@@ -204,6 +225,19 @@ def bundle_id(digests: Mapping[str, str]) -> str:
     True
     """
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()[:12]
+
+
+def source_date(otherwise: float) -> float:
+    """Seconds since the epoch: ``SOURCE_DATE_EPOCH`` where it is set (reproducible-builds.org), else ``otherwise``.
+
+    >>> source_date(1.5) if "SOURCE_DATE_EPOCH" not in os.environ else 1.5
+    1.5
+    """
+    if not (said := os.environ.get("SOURCE_DATE_EPOCH")):
+        return otherwise
+    if not re.fullmatch(r"\d{1,11}", said):
+        raise UsageError(f"SOURCE_DATE_EPOCH = {said!r}", expected="whole seconds since 1970")
+    return float(said)
 
 
 def _plain(name: str) -> bool:

@@ -5,9 +5,10 @@ steps before it added, so inputs are held once. Batching, queues and sockets liv
 """
 
 import math
+import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -248,22 +249,27 @@ def onnx_step(
     """A step that runs an ONNX graph on the CPU in one thread that sleeps, rather than spins, when idle.
 
     ``inputs`` and ``outputs`` map names of the graph to names of the request (default: the same names). Raises
-    :class:`~trilobe.errors.ServeError` for a graph that cannot be loaded, :class:`~trilobe.errors.UsageError` for a
-    name the graph does not have or an input left without a source.
+    :class:`~trilobe.errors.ServeError` for a graph that cannot be loaded, or that names files to take tensors from
+    (ONNX's external data: a stranger's graph could hand out any file of this machine as its answer);
+    :class:`~trilobe.errors.UsageError` for a name the graph does not have or an input left without a source.
 
     >>> onnx_step(b"not a graph")
     Traceback (most recent call last):
     trilobe.errors.ServeError: the graph of step 'model' cannot be loaded ...
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # nothing here tells anybody anything
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     options.log_severity_level = 3
-    source = model if isinstance(model, bytes) else str(model)
     try:
-        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        data = model if isinstance(model, bytes) else model.read_bytes()
+        if takes_from_files(data):
+            raise DataError("it takes tensors from other files")
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ServeError(
             f"the graph of step {name!r} cannot be loaded ({error})", expected="an ONNX graph this runtime supports"
@@ -282,3 +288,66 @@ def onnx_step(
         return dict(zip(targets.values(), values, strict=True))
 
     return name, run
+
+
+# Where tensors lie in an ONNX file: of each kind of message, the fields that hold messages that may hold tensors.
+# https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
+_HOLDS = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {},
+}
+
+
+def takes_from_files(graph: bytes) -> bool:
+    """Whether an ONNX graph says of any tensor that its values are in another file (or somewhere in memory).
+
+    Walks the protobuf encoding itself: the ``onnx`` package costs a server 20 MB, and the runtime reads such files
+    wherever they are, relative to the current folder. What is no protobuf raises :class:`~trilobe.errors.DataError`.
+
+    >>> takes_from_files(b"")
+    False
+    """
+    todo: list[tuple[str, memoryview]] = [("model", memoryview(graph))]
+    while todo:
+        kind, message = todo.pop()
+        for number, value in _fields(message):
+            if kind == "tensor" and (number == 13 or (number == 14 and value != 0)):  # external_data, data_location
+                return True
+            if isinstance(value, memoryview) and (inner := _HOLDS[kind].get(number)):
+                todo.append((inner, value))
+    return False
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """The fields of a protobuf message: their numbers, with an integer or what stands between their ends."""
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        if tag & 7 == 0:
+            value, at = _varint(message, at)
+            yield tag >> 3, value
+            continue
+        size = {1: 8, 5: 4}.get(tag & 7, -1)
+        if tag & 7 == 2:
+            size, at = _varint(message, at)
+        if size < 0 or at + size > len(message):
+            raise DataError("it is not an ONNX graph")
+        yield tag >> 3, message[at : at + size]
+        at += size
+
+
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < len(message) and shift < 70:
+        byte = message[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+    raise DataError("it is not an ONNX graph")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from trilobe.errors import UsageError
 from trilobe.infrastructure.bundle import bundle_id, write_bundle
 from trilobe.loop.believing import unpack_beliefs
+from trilobe.loop.deferring import deferral_table
 from trilobe.loop.learning import evaluate, held_out
 from trilobe.loop.packaging import deliver, expect_deliverable, packaged
 from trilobe.loop.project import Project, annotators, calibrated, opened, tell
@@ -170,6 +171,7 @@ def _bundled(p: Project, model: str, allow_failed: bool) -> Bundle:
         "calibration.json": _json({"method": "temperature.v1", "temperature": chosen.temperature}),
         "baseline.json": _json({**Baseline.from_proba(p.task.watched(proba, p.space)).to_json(), "on": on}),
         "evidence.json": _json(evidence),
+        "deferral.json": _json(deferral_table(p, chosen)),
         "README.md": model_card(chosen, evidence, facts).encode(),
     }
     meta = {"task": chosen.task, "project": p.config.project.name, "network": chosen.network,

@@ -75,7 +75,7 @@ def serving(p: Project, name: str) -> Bundle:
 def _bundle_path(p: Project, name: str, bundle_id: str) -> Path:
     """Where the bundle of an endpoint lies; it may have been served from a path the store never saw."""
     found = [b.path for b in p.store.bundles() if b.id == bundle_id]
-    return found[-1] if found else Path(endpoints.read_desired(p.endpoint_folder(name)).bundle)
+    return found[-1] if found else Path(endpoints.read_desired(p.endpoint_folder(name)).models[""].bundle)
 
 
 def explain(project: "Project | Path | str" = ".", finding: str = "newest", n: int = 6) -> list[Explained]:

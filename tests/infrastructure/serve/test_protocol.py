@@ -111,6 +111,8 @@ def test_a_raw_body_is_a_batch_of_one() -> None:
             parse_request(item.tobytes(), raw, [TensorSpec("x", "FP32", shape)], [out])
     words = parse_request(b"any \xff", raw, [TensorSpec("text", "BYTES", (-1,))], [out])
     assert words.inputs["text"].tolist() == [b"any \xff"]
+    with pytest.raises(DataError, match="empty"):
+        parse_request(b"", raw, [TensorSpec("text", "BYTES", (-1,))], [out])
     two = [TensorSpec("a", "FP32", (-1,)), TensorSpec("b", "FP32", (-1,))]
     with pytest.raises(DataError, match="without a description"):
         parse_request(item.tobytes(), raw, two, [out])
@@ -411,7 +413,7 @@ def test_no_json_does_anything_but_parse_or_be_refused(data: st.DataObject) -> N
         assert len(str(error)) < 2000
     else:
         assert found.inputs["image"].tobytes() == IMAGES.tobytes()
-        assert READER.wanted(found.outputs) == found.outputs
+        assert READER.wanted(found.outputs, True) == found.outputs
 
 
 # --- classification -------------------------------------------------------------------------------------------------

@@ -475,6 +475,8 @@ async def start_grpc(
             ("grpc.max_send_message_length", -1),
             ("grpc.max_metadata_size", 32 * 1024),
             ("grpc.so_reuseport", int(port != 0)),  # workers share their port
+            ("grpc.server_handshake_timeout_ms", 10_000),
+            ("grpc.max_connection_idle_ms", 600_000),  # a client that comes back connects again by itself
         ],
     )
     front.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, _Front(server).handlers()),))

@@ -11,7 +11,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -115,7 +116,7 @@ class FlowVersion:
                 f"{flow.name}: {step}",
                 run,
                 repository.scheduler,
-                repository.batching.get(step) or repository.batching.get(""),
+                repository.batching.get(step) or _in_threads(repository.batching.get("")),
                 joins=run.joins,
                 cost=FIRST_GUESS,
                 meter=_StepMeter(self.meter.part(step)),
@@ -266,6 +267,8 @@ class Repository:
         self.scheduler, self.meters, self.batching, self.watch = scheduler, meters, dict(batching or {}), watch
         self._load, self._threshold = load, threshold
         self.unloaded: list[str] = []
+        # One thread for all: each new one would take, and keep, a part of the heap for itself.
+        self._builder = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self._draining: set[asyncio.Task[None]] = set()
 
     def model(self, name: str) -> Model:
@@ -351,10 +354,11 @@ class Repository:
         model.state = "ready" if model.current else "failed"
 
     async def _loaded(self, model: Model, path: Path) -> Version:
-        bundle = await asyncio.to_thread(open_bundle, path)
+        loop = self.scheduler.loop
+        bundle = await loop.run_in_executor(self._builder, open_bundle, path)
         known = model.versions.get(bundle.id)
         if not isinstance(known, Version):
-            servable, cost, joins = await asyncio.to_thread(self._build, bundle)
+            servable, cost, joins = await loop.run_in_executor(self._builder, self._build, bundle)
             threshold = self._threshold(model.name, bundle)
             if threshold is not None:
                 _expect_proba(servable)
@@ -445,6 +449,11 @@ class Repository:
                 self.meters.count("trilobe_shadow_total", model=model.name, agrees=agrees)
 
         answer.add_done_callback(lambda _: copy.add_done_callback(compare))
+
+
+def _in_threads(settings: Batching | None) -> Batching:
+    """How a step in Python is run unless it is said: whatever it does, it must not keep the loop from the others."""
+    return replace(settings or Batching(), where="threads")
 
 
 def _agree(first: Mapping[str, NDArray[Any]], second: Mapping[str, NDArray[Any]]) -> bool:

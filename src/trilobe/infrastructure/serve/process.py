@@ -28,6 +28,7 @@ from msgspec.structs import replace
 from trilobe.errors import NotFoundError, PortInUse, ServeError, TrilobeError
 from trilobe.files import write_atomically
 from trilobe.infrastructure.capture import CaptureLog
+from trilobe.infrastructure.desk import Desk
 from trilobe.infrastructure.endpoint import (
     Served,
     State,
@@ -46,11 +47,12 @@ from trilobe.infrastructure.serve.http import HttpServer, Limits
 from trilobe.infrastructure.serve.logs import JsonFormatter, access_log
 from trilobe.infrastructure.serve.metrics import Meters
 from trilobe.infrastructure.serve.models import Load
-from trilobe.infrastructure.serve.server import MAX_BODY, Control, Server
+from trilobe.infrastructure.serve.server import MAX_BODY, Control, Deferral, Server
 from trilobe.infrastructure.serve.traces import open_traces
+from trilobe.types import Bundle
 
 POLL_SECONDS = 0.2
-HUNG_SECONDS = 60.0  # a worker whose event loop has not turned for so long is replaced
+HUNG_SECONDS = 20.0  # a worker whose event loop has not turned for so long is replaced
 MAX_LOST = 3  # threads given up to steps that hang, before the worker itself is replaced
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,8 @@ class Settings:
         max_memory: bytes of one worker, beyond which it is replaced (0: none).
         log_share: share of the requests that get a line in the log.
         json_log: whether the log is JSON lines.
+        defer: what says, of a bundle, below which confidence an answer is left to people (None: no answer is). It
+            raises where the bundle cannot keep what was promised.
     """
 
     workers: int = 1
@@ -86,6 +90,7 @@ class Settings:
     max_memory: int = 0
     log_share: float = 0.0
     json_log: bool = False
+    defer: Callable[[Bundle], float] | None = None
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -209,6 +214,7 @@ async def _serve(
         threads,
     )
     server.traces, server.access = open_traces(), access_log(settings.log_share)
+    server.deferral = Deferral(Desk(job.folder), settings.defer)
     server.control = _control(job, server)
     limits = dataclasses.replace(settings.limits, max_body=job.max_body, max_connections=_room(settings.limits))
     front = HttpServer(server.handle, limits, server.explain)
@@ -252,8 +258,6 @@ async def _follow(
             desired = read_desired(job.folder)
             if desired.deployment != state.deployment:
                 await server.apply(desired.models)
-                gc.unfreeze()
-                gc.collect()
                 gc.freeze()  # what is loaded stays: looking through it again and again costs a tenth of all time
                 state = replace(_described(server, state), deployment=desired.deployment, since=time.time())
                 tried.set()

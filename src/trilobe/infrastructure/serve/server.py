@@ -10,6 +10,8 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import msgspec
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from trilobe import __version__
 from trilobe.errors import NotFoundError, TrilobeError
 from trilobe.infrastructure.capture import CaptureLog
+from trilobe.infrastructure.desk import Desk, doubted, parameters
 from trilobe.infrastructure.endpoint import Wish
 from trilobe.infrastructure.pipeline import Arrays, Servable, TensorSpec
 from trilobe.infrastructure.serve.access import Client, Gate
@@ -26,13 +29,15 @@ from trilobe.infrastructure.serve.graph import Flow
 from trilobe.infrastructure.serve.http import Reply, Request, json_reply
 from trilobe.infrastructure.serve.logs import Access, request_id
 from trilobe.infrastructure.serve.metrics import CONTENT_TYPE, Meters
-from trilobe.infrastructure.serve.models import AnyVersion, Load, Model, Repository
+from trilobe.infrastructure.serve.models import AnyVersion, Load, Model, Repository, Version
 from trilobe.infrastructure.serve.protocol import Call, Refused, compress, decompress
 from trilobe.infrastructure.serve.traces import Trace, Traces
+from trilobe.types import Bundle
 
 MAX_BODY = 16 * 1024 * 1024
 LARGE = 256 * 1024  # bytes of a body that is parsed beside the event loop, not in it
 EXTENSIONS = ("binary_tensor_data", "classification", "statistics", "model_configuration", "model_repository")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 logger = logging.getLogger(__name__)
 
 
@@ -42,6 +47,21 @@ class Result(NamedTuple):
     outputs: Mapping[str, NDArray[Any]]
     version: AnyVersion
     parameters: Mapping[str, Any]
+
+
+class Deferral(NamedTuple):
+    """How what is in doubt is left to people: where it waits, and which confidence a bundle needs (None: none does)."""
+
+    desk: Desk
+    choose: Callable[[Bundle], float] | None = None
+
+
+class _Doubtful(NamedTuple):
+    """An answer some of whose rows are for people."""
+
+    outputs: Arrays
+    rows: Sequence[int]
+    keep: Callable[[], list[str]]
 
 
 class Control(NamedTuple):
@@ -54,7 +74,7 @@ class Control(NamedTuple):
 class Server:
     """Everything that answers in one process. Must be made inside a running event loop.
 
-    ``traces`` and ``access`` follow requests, where they are set.
+    ``traces`` and ``access`` follow requests, where they are set; so is ``deferral``, before anything is applied.
 
     Args:
         name: the endpoint's own name, which the wish "" stands for.
@@ -82,11 +102,12 @@ class Server:
     ) -> None:
         self.traces: Traces | None = None
         self.access: Access | None = None
+        self.deferral: Deferral | None = None
         self.name, self.captures, self.max_body = name, captures, max_body
         self.meters, self.gate = meters or Meters(None), gate or Gate(None)
         self.scheduler = Scheduler(threads)
         watch = None if captures is None or captures.rate == 0 else self._watch
-        self.repository = Repository(load, self.scheduler, self.meters, batching, watch, flows)
+        self.repository = Repository(load, self.scheduler, self.meters, batching, watch, flows, self._threshold)
         self.control: Control | None = None
         self._diary = ThreadPoolExecutor(1, thread_name_prefix="captures")
 
@@ -117,9 +138,11 @@ class Server:
         """
         model = self.repository.model(name)
         chosen = model.choose(version) if isinstance(version, str) else version
-        return self.repository.answer(
-            model, chosen, call, lambda outputs: finish(Result(outputs, chosen, {})), input_ns
-        )
+
+        def tell(outputs: Arrays, said: Mapping[str, Any] = NOTHING) -> Any:
+            return finish(Result(outputs, chosen, said))
+
+        return self._answer(model, chosen, call, tell, input_ns)
 
     def choose(self, name: str, version: str = "") -> AnyVersion:
         """The version whose turn it is to answer a call by that name; raises :class:`Refused` where there is none."""
@@ -129,6 +152,60 @@ class Server:
         """What answers most calls by that name (and version); raises :class:`Refused` where nothing would."""
         model = self.repository.model(name)
         return model.choose(version or model.current)
+
+    # --- what is left to people
+
+    def _threshold(self, name: str, bundle: Bundle) -> float | None:
+        """Only the endpoint's own model leaves anything to people: they answer about its classes."""
+        choose = self.deferral.choose if self.deferral is not None and name == self.name else None
+        return choose(bundle) if choose is not None else None
+
+    def _answer(
+        self,
+        model: Model,
+        chosen: AnyVersion,
+        call: Call,
+        finish: Callable[..., Any],
+        input_ns: int = 0,
+        trace: Trace | None = None,
+    ) -> "asyncio.Future[Any]":
+        """A future of what ``finish`` makes of the outputs (and of what must be said about them, if anything)."""
+        if self.deferral is None or not isinstance(chosen, Version) or chosen.threshold is None:
+            return self.repository.answer(model, chosen, call, finish, input_ns, trace)
+        servable, threshold, desk = chosen.servable, chosen.threshold, self.deferral.desk
+        source, proba = servable.inputs[0].name, servable.outputs[0].name
+
+        def look(outputs: Arrays) -> Any:
+            rows = doubted(outputs[proba], threshold)
+            if not rows:
+                return finish(outputs, parameters(call.rows, [], []))
+            return _Doubtful(outputs, rows, partial(desk.keep, chosen.id, call.inputs[source], outputs[proba], rows))
+
+        answer = self.repository.answer(model, chosen, call, look, input_ns, trace)
+        return self.scheduler.loop.create_task(self._deferred(answer, chosen.name, call, finish))
+
+    async def _deferred(self, answer: "asyncio.Future[Any]", name: str, call: Call, finish: Callable[..., Any]) -> Any:
+        """The answer. Rows in doubt are put on the desk first: an id that a client hears is an id that is kept."""
+        found = await answer
+        if not isinstance(found, _Doubtful):
+            return found
+        self.meters.count("trilobe_deferred_total", len(found.rows), model=name)
+        ids = await self.scheduler.loop.run_in_executor(self._diary, found.keep)
+        if lost := ids.count(""):
+            self.meters.count("trilobe_captures_dropped_total", lost)
+        return finish(found.outputs, parameters(call.rows, found.rows, ids))
+
+    def _fetch(self, name: str, id_: str) -> Reply:
+        """What became of what was left to people under that id."""
+        self.repository.model(name)
+        said = self.deferral.desk.look(id_) if self.deferral is not None and name == self.name else None
+        if said is None:
+            raise Refused(404, f"{name!r} left nothing to people under that id", expected="one of its deferred_ids")
+        if not said:
+            return json_reply(202, {"id": id_, "status": "waiting"})
+        return 200, {"content-type": "application/json"}, said
+
+    # --- captures
 
     def _watch(self, bundle_id: str, servable: Servable, inputs: Arrays, outputs: Mapping[str, NDArray[Any]]) -> None:
         """Keep rows of the first input and the first output: behind the answers, in the one thread that may."""
@@ -200,9 +277,15 @@ class Server:
             allow(request, "POST")
             client.require("infer", name)
             return self._infer(name, version, request, client)
+        if rest[:1] == ["answers"] and len(rest) == 2 and not version:
+            allow(request, "GET", "HEAD")
+            client.require("infer", name)
+            return self._fetch(name, rest[1])
         if rest not in ([], ["ready"], ["stats"], ["config"]):
             raise Refused(
-                404, f"there is nothing at {request.path!r}", expected="ready, config, stats or infer of a model"
+                404,
+                f"there is nothing at {request.path!r}",
+                expected="ready, config, stats, infer or answers/ID of a model",
             )
         allow(request, "GET", "HEAD")
         if rest != ["ready"]:
@@ -284,8 +367,8 @@ class Server:
         accept = request.headers.get("accept-encoding")
         echo = request.headers.get("x-request-id")
 
-        def finish(outputs: Arrays) -> Reply:
-            headers, body = chosen.writer.encode(call, outputs)
+        def finish(outputs: Arrays, said: Mapping[str, Any] | None = None) -> Reply:
+            headers, body = chosen.writer.encode(call, outputs, said)
             if accept:
                 encoding, body = compress(body, accept)
                 if encoding:
@@ -297,7 +380,7 @@ class Server:
         if client.limited:
             client.enter()
         try:
-            answer = self.repository.answer(model, chosen, call, finish, time.perf_counter_ns() - start, trace)
+            answer = self._answer(model, chosen, call, finish, time.perf_counter_ns() - start, trace)
         except Refused:
             if client.limited:
                 client.leave()

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -69,7 +70,7 @@ class Store:
     blobs: Blobs
 
     def __init__(self, engine: Engine, folder: Path) -> None:
-        self.blobs = Blobs(folder / "blobs")
+        self.blobs, self._folder = Blobs(folder / "blobs"), folder
         self._engine, self._joined = engine, _Joined()
         is_file = engine.dialect.name == "sqlite"
         self._where = str(engine.url.database) if is_file else engine.url.render_as_string(hide_password=True)
@@ -240,12 +241,17 @@ class Store:
             _insert(connection, schema.bundles, [row(bundle)])
 
     def bundles(self) -> list[Bundle]:
-        """All bundles, oldest first."""
-        return self._nouns(Bundle, _query(schema.bundles, Bundle))
+        """All bundles, oldest first. One that is not where it was is looked for in the project's own folder."""
+        return [self._found(bundle) for bundle in self._nouns(Bundle, _query(schema.bundles, Bundle))]
 
     def bundle(self, id: str | None = None) -> Bundle:
         """The bundle of that id, or of the only id that starts so; the newest for None."""
-        return self._one(Bundle, schema.bundles, id, hint="trilobe package makes one")
+        return self._found(self._one(Bundle, schema.bundles, id, hint="trilobe package makes one"))
+
+    def _found(self, bundle: Bundle) -> Bundle:
+        """The bundle with a path that works from here: the project may have moved, or another folder be the current."""
+        here = self._folder / "bundles" / bundle.path.name
+        return replace(bundle, path=here) if here.exists() and not bundle.path.exists() else bundle
 
     def add_findings(self, findings: Sequence[Finding]) -> None:
         """Keep what monitoring noticed; those whose id is there already are left alone."""
