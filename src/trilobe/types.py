@@ -287,6 +287,7 @@ class Endpoint:
     bundle_id: str
     state: EndpointState
     pid: int = 0
+    grpc: str = ""
 
 
 @dataclass(frozen=True, slots=True)

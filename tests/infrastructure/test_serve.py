@@ -226,6 +226,23 @@ def test_binary_one_way_only(served: endpoint.Endpoint) -> None:
     assert "data" in call(served.url, "POST", INFER, {"inputs": [image_tensor()], **options})[2]["outputs"][0]
 
 
+def test_the_contract_of_containers_on_sagemaker(served: endpoint.Endpoint) -> None:
+    assert call(served.url, "GET", "/ping")[0] == 200
+    status, _, answer = call(served.url, "POST", "/invocations", {"inputs": [image_tensor()]})
+    assert status == 200
+    np.testing.assert_allclose(np.reshape(answer["outputs"][0]["data"], (3, 2)), expected(IMAGES, 1), rtol=1e-5)
+    body, headers = binary_body(parameters={"binary_data_output": True})
+    kind = "application/vnd.sagemaker-triton.binary+json;json-header-size="
+    sent = {"Content-Type": kind + headers["Inference-Header-Content-Length"]}
+    status, found, data = call(served.url, "POST", "/invocations", body, sent)
+    length = found.pop("content-type").removeprefix(kind)
+    assert status == 200 and "inference-header-content-length" not in found
+    proba = read_binary({"inference-header-content-length": length}, data)[1]
+    np.testing.assert_allclose(proba, expected(IMAGES, 1), rtol=1e-5)
+    assert call(served.url, "GET", "/invocations")[0] == 405
+    assert call(served.url, "POST", "/invocations", b"nothing")[0] == 400
+
+
 def test_chunked_bodies(served: endpoint.Endpoint) -> None:
     connection = connect(served.url)
     body = json.dumps({"inputs": [image_tensor()]}).encode()

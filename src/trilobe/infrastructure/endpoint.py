@@ -69,7 +69,7 @@ class Served(msgspec.Struct, frozen=True, omit_defaults=True):
 class State(msgspec.Struct, frozen=True):
     """What is served; ``deployment`` is the wish last acted on and ``error`` why it failed (empty: it did not).
 
-    ``bundle_id`` is what stands behind the endpoint's own name, ``models`` all of it.
+    ``bundle_id`` is what stands behind the endpoint's own name, ``models`` all of it; ``grpc`` is where gRPC is spoken.
     """
 
     name: str
@@ -82,6 +82,7 @@ class State(msgspec.Struct, frozen=True):
     since: float = 0.0
     models: dict[str, Served] = {}
     workers: dict[str, int] = {}
+    grpc: str = ""
 
 
 def read_desired(folder: Path) -> Desired:
@@ -166,8 +167,8 @@ def deploy(folder: Path, bundle_path: Path, name: str = "", canary: float = 0.0,
     """Wish for the bundle at ``bundle_path``, verified first: a server of ``folder`` takes it up on its own.
 
     ``name`` is the model it stands behind (empty: the endpoint's own name). With a ``canary`` share, or as a
-    ``shadow``, it is tried beside the bundle that is served now, which stays. Raises :class:`~trilobe.errors.BundleError` and
-    leaves the earlier wish alone where the bundle is broken.
+    ``shadow``, it is tried beside the bundle that is served now, which stays. Raises
+    :class:`~trilobe.errors.BundleError` and leaves the earlier wish alone where the bundle is broken.
 
     >>> deploy(Path("nowhere"), Path("no-bundle"))
     Traceback (most recent call last):
@@ -315,7 +316,7 @@ def status(folder: Path) -> Endpoint:
     """
     state = read_state(folder)
     if _alive(folder):
-        return Endpoint(state.name, state.url, state.bundle_id, state.state, state.pid)
+        return Endpoint(state.name, state.url, state.bundle_id, state.state, state.pid, state.grpc)
     return Endpoint(state.name, state.url, state.bundle_id, "stopped")
 
 

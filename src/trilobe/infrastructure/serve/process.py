@@ -219,17 +219,18 @@ async def _serve(
     limits = dataclasses.replace(settings.limits, max_body=job.max_body, max_connections=_room(settings.limits))
     front = HttpServer(server.handle, limits, server.explain)
     context = server_context(*settings.tls) if settings.tls else None
+    grpc: Any = None
+    if settings.grpc_port is not None:
+        from trilobe.infrastructure.serve.grpc import start_grpc
+
+        grpc = await start_grpc(server, job.host, settings.grpc_port, settings.tls)
+        state = replace(state, grpc=f"{job.host}:{grpc.port}")
     say(state)
     tried = asyncio.Event()
     following = asyncio.create_task(_follow(server, front, job, state, say, tried, ended))
     if settings.workers > 1:  # the others answer meanwhile: clients need not see how a new one begins
         await asyncio.wait([asyncio.create_task(e.wait()) for e in (tried, ended)], return_when="FIRST_COMPLETED")
     await front.start(listener, context)
-    grpc: Any = None
-    if settings.grpc_port is not None:
-        from trilobe.infrastructure.serve.grpc import start_grpc
-
-        grpc = await start_grpc(server, job.host, settings.grpc_port, settings.tls)
     try:
         await ended.wait()
     finally:

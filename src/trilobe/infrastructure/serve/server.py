@@ -30,13 +30,16 @@ from trilobe.infrastructure.serve.http import Reply, Request, json_reply
 from trilobe.infrastructure.serve.logs import Access, request_id
 from trilobe.infrastructure.serve.metrics import CONTENT_TYPE, Meters
 from trilobe.infrastructure.serve.models import AnyVersion, Load, Model, Repository, Version
-from trilobe.infrastructure.serve.protocol import Call, Refused, compress, decompress
+from trilobe.infrastructure.serve.protocol import HEADER_LENGTH, Call, Refused, compress, decompress
 from trilobe.infrastructure.serve.traces import Trace, Traces
 from trilobe.types import Bundle
 
 MAX_BODY = 16 * 1024 * 1024
 LARGE = 256 * 1024  # bytes of a body that is parsed beside the event loop, not in it
-EXTENSIONS = ("binary_tensor_data", "classification", "statistics", "model_configuration", "model_repository")
+EXTENSIONS = (
+    *("binary_tensor_data", "classification", "statistics", "model_configuration", "model_repository"),
+    *("parameters", "schedule_policy"),
+)
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 logger = logging.getLogger(__name__)
 
@@ -231,6 +234,8 @@ class Server:
             return self._model(parts[2], parts[3:], request, client)
         if parts[:2] == ["v2", "repository"]:
             return self._administer(parts[2:], request, client)
+        if parts == ["invocations"]:
+            return self._invoke(request, client)
         return self._about(parts, request, client)
 
     def explain(self, error: BaseException) -> Reply:
@@ -247,7 +252,7 @@ class Server:
                 answer: Any = {"name": "trilobe", "version": __version__, "extensions": EXTENSIONS}
             case ["v2", "health", "live"]:
                 answer = {"live": True}
-            case ["v2", "health", "ready"]:
+            case ["v2", "health", "ready"] | ["ping"]:
                 answer = {"ready": True}
             case ["v2", "models", "stats"]:
                 client.require("metrics")
@@ -266,7 +271,7 @@ class Server:
                     404, f"there is nothing at {request.path!r}", expected="a path of the Open Inference Protocol v2"
                 )
         allow(request, "GET", "HEAD")
-        if parts[-1] == "ready" and not self.repository.ready:
+        if parts[-1] in ("ready", "ping") and not self.repository.ready:
             self.repository.model(self.name).choose() if self.name in self.repository.models else None
             raise Refused(503, "not everything that should be served is ready", headers={"retry-after": "1"})
         return json_reply(200, answer)
@@ -300,6 +305,21 @@ class Server:
                 return json_reply(200, self.configuration(chosen))
             case _:
                 return json_reply(200, self.metadata(chosen))
+
+    def _invoke(self, request: Request, client: Client) -> "asyncio.Future[Reply]":
+        """SageMaker's contract: the endpoint's own model, the length of the JSON part in the content type."""
+        allow(request, "POST")
+        client.require("infer", self.name)
+        if size := request.headers.get("content-type", "").partition("json-header-size=")[2]:
+            request.headers[HEADER_LENGTH] = size
+
+        async def told() -> Reply:
+            status, headers, body = await self._infer(self.name, "", request, client)
+            if size := headers.pop(HEADER_LENGTH, ""):
+                headers["content-type"] = f"application/vnd.sagemaker-triton.binary+json;json-header-size={size}"
+            return status, headers, body
+
+        return self.scheduler.loop.create_task(told())
 
     def _infer(self, name: str, version: str, request: Request, client: Client) -> "asyncio.Future[Reply]":
         start = time.perf_counter_ns()
