@@ -18,8 +18,8 @@ _NOUNS = {
     *("Question", "Response", "Span"),
 }
 _VERBS = {
-    *("init", "add", "query", "label", "aggregate", "train", "evaluate", "check", "package", "serve", "monitor"),
-    *("explain", "plan", "run", "report", "show", "export"),
+    *("init", "add", "query", "label", "aggregate", "train", "evaluate", "check", "package", "serve", "infer"),
+    *("deliver", "monitor", "explain", "plan", "run", "report", "show", "export", "token"),
 }
 
 __all__ = sorted({"TrilobeError", "__version__", "demo", *_NOUNS, *_VERBS})

@@ -93,12 +93,20 @@ class TrainSection(Section, frozen=True):
     steps: Count = 300
     epochs: Natural = 20
     batch_size: Annotated[int, Meta(ge=2)] = 32
-    lr: Positive = 3e-3
+    lr: Positive | Literal["auto"] = 3e-3
     weight_decay: Annotated[float, Meta(ge=0.0, le=1e9)] = 1e-2
     bootstrap: Share = 1.0
     width: Count = 16
     folds: Annotated[int, Meta(ge=2)] = 5
     augment: bool = True
+    optimizer: Literal["adamw", "sgd", "lion", "signum", "signsgd"] = "adamw"  # each wants a learning rate of its own
+    schedule: Literal["one_cycle", "constant"] = "one_cycle"  # of the learning rate: up and down again, or none
+    patience: Natural = 0  # epochs without progress after which training stops; 0: never
+    held_out: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0  # share by which progress is judged; 0: by the training loss
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"  # auto: half where that is measured to be faster
+    deterministic: bool = False  # the same bits on any number of cores: one thread, only operations that repeat
+    workers: Count = 1  # processes that train the networks of all folds side by side
+    engine: Literal["here", "ray"] = "here"  # where they run: on this machine, or by Ray (extra "ray")
 
 
 class CheckSection(Section, frozen=True):
@@ -147,6 +155,10 @@ class ServeSection(Section, frozen=True):
     tls_key: str = ""
     tls_client_ca: str = ""  # whoever signs the certificates of clients; empty: they need none
     open: bool = False  # serve other machines without tokens
+    defer_error: Share = 0.0  # leave to people what is in doubt, so that what is answered errs at most so often; 0: off
+    defer_share: Share = 0.0  # leave to people what is most in doubt, at most this share of the traffic; 0: off
+    webhook: str = ""  # where `trilobe deliver` posts what people answered, "https://..."; empty: nowhere
+    webhook_secret: str = ""  # the environment variable with the key that posts are signed with; empty: unsigned
     log: Literal["text", "json"] = "text"
     log_share: Share = 0.0  # share of the requests that get a line in the log
     repository: str = ""  # a folder of bundles that clients with the right to may load by name
@@ -288,7 +300,8 @@ def _explained(message: str, raw: dict[str, Any], where: str) -> ConfigError:
         value = value[int(key)] if isinstance(value, list) else value.get(key)
     if what.startswith("Invalid enum value"):
         annotation = get_type_hints(get_type_hints(Config)[keys[0]])[keys[1]]
-        expected = "one of " + ", ".join(map(repr, get_args(annotation)))
+        named = [a for part in get_args(annotation) for a in (get_args(part) or (part,))]
+        expected = "one of " + ", ".join("a number" if isinstance(a, type) else repr(a) for a in named)
     else:
         expected = re.sub(r"^Expected ", "", what).split(", got")[0].replace("`object`", "a table")
     return ConfigError(

@@ -119,3 +119,67 @@ def test_a_damaged_blob_is_named(trained) -> None:
     with pytest.raises(Exception, match=r"is damaged: its bytes hash to") as e:
         loop.evaluate(trained.folder)
     assert str(path) in str(e.value)
+
+
+# ---- how it is trained ----
+
+
+def weights(tiny) -> str:
+    with loop.opened(tiny.folder) as p:
+        return str(p.store.model().weights)
+
+
+def test_networks_trained_side_by_side_are_those_of_one_worker(tiny, tmp_path: Path) -> None:
+    loop.label(tiny.table(tmp_path / "a.csv"), tiny.folder)
+    steps: list[tuple[int, int]] = []
+    with loop.listening(lambda said, done=0, total=0: steps.append((done, total)) if said == "training" else None):
+        one = loop.train(tiny.folder)
+    before = weights(tiny)
+    assert steps[-1] == (120, 120) and steps == sorted(steps), "two folds and the last network, forty steps each"
+    tiny.set("train", "workers", "2")
+    two = loop.train(tiny.folder)
+    assert weights(tiny) == before and (two.temperature, two.metrics) == (one.temperature, one.metrics)
+    assert two.id != one.id and two.origin["train"]["workers"] == 2
+    with loop.opened(tiny.folder) as p:
+        assert not [*(p.state / "work").iterdir()], "checkpoints go when the model is kept"
+
+
+def test_a_rate_that_was_measured_stands_in_the_origin(tiny, tmp_path: Path) -> None:
+    tiny.set("train", "lr", '"auto"')
+    tiny.set("train", "optimizer", '"sgd"')
+    tiny.set("train", "precision", '"auto"')
+    loop.label(tiny.table(tmp_path / "a.csv"), tiny.folder)
+    said: list[str] = []
+    with loop.listening(lambda message, done=0, total=0: said.append(message)):
+        model = loop.train(tiny.folder)
+    found = model.origin["settled"]
+    assert 1e-7 <= found["lr"] <= 1 and found["precision"] in ("float32", "bfloat16")
+    assert any(f"train.lr = {found['lr']:.2g}, train.precision = {found['precision']}" in line for line in said)
+    assert model.origin["train"]["lr"] == "auto" and model.origin["train"]["optimizer"] == "sgd"
+    with loop.opened(tiny.folder) as p:
+        (kept,) = p.store.journal("settled/").values()
+    assert kept == found
+
+
+def test_what_was_not_measured_is_not_in_the_origin(trained) -> None:
+    with loop.opened(trained.folder) as p:
+        assert "settled" not in p.store.model().origin
+
+
+def test_a_plan_that_cannot_be_is_refused_before_anything_is_trained(tiny, tmp_path: Path) -> None:
+    loop.label(tiny.table(tmp_path / "a.csv"), tiny.folder)
+    tiny.set("train", "held_out", "0.2")
+    before = tiny.state()
+    with pytest.raises(UsageError, match=r"held_out = 0\.2 without patience"):
+        loop.train(tiny.folder)
+    assert tiny.state() == before
+
+
+@pytest.mark.slow
+def test_a_profile_keeps_nothing_and_says_what_workers_bring(tiny, tmp_path: Path) -> None:
+    loop.label(tiny.table(tmp_path / "a.csv"), tiny.folder)
+    before = tiny.state()
+    found = loop.train(tiny.folder, profile=True)
+    assert tiny.state() == before and found.encode_s > 0
+    assert found.forecasts[0].side_by_side > 1, "three networks can be trained side by side"
+    assert "one worker keeps" in str(found)

@@ -189,7 +189,17 @@ def _bundle(b: Any) -> str:
 
 
 def _endpoint(e: Any) -> str:
-    return f"{e.name} is {e.state}" + (f" at {e.url} with bundle {e.bundle_id}" if e.state != "stopped" else "")
+    if e.state == "stopped":
+        return f"{e.name} is stopped"
+    return f"{e.name} is {e.state} at {e.url} with bundle {e.bundle_id}" + (f"; gRPC at {e.grpc}" if e.grpc else "")
+
+
+def _delivered(r: Any) -> str:
+    parts = [f"{r.answered} answered", f"{r.waiting} still wait", f"{r.posted} posted", f"{r.kept} kept for next time"]
+    text = ", ".join(p for p in parts if not p.startswith("0 ") or p.endswith(("answered", "wait")))
+    if r.unasked:
+        return f"{text}\nnext: trilobe query ({r.unasked} were never asked)"
+    return text + ("\nnext: trilobe label" if r.waiting else "")
 
 
 def _window(w: Any) -> str:
@@ -228,6 +238,6 @@ def _planned(r: Any) -> str:
 _WORDS: dict[str, Callable[[Any], str]] = {
     "add": _added, "query": _questions, "label": _labeled, "aggregate": _aggregated, "train": _model,
     "evaluate": _evidence, "check": _evidence, "package": _bundle, "serve": _endpoint, "monitor": _window,
-    "explain": _explained, "plan": _planned, "run": _ran, "demo": lambda told: str(told["report"]),
-    "export": lambda to: "" if to == "-" else str(to),
+    "deliver": _delivered, "explain": _explained, "plan": _planned, "run": _ran,
+    "demo": lambda told: str(told["report"]), "export": lambda to: "" if to == "-" else str(to),
 }  # fmt: skip

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from trilobe.errors import UsageError
-from trilobe.types import Capture
+from trilobe.types import Capture, FloatArray
 
 SUFFIX = ".captures-v1"
 SEGMENT_BYTES = 64 * 1024 * 1024
@@ -93,14 +93,7 @@ class CaptureLog:
             )
         written = 0
         for i in np.flatnonzero(self._rng.random(len(inputs)) < self.rate):
-            if inputs.dtype.kind == "O":
-                item = np.frombuffer(inputs[i], np.uint8)
-            else:
-                item = inputs[i, ...]  # an array even where items are single numbers: those would lose their byte order
-            record = _Record(
-                token_hex(8), time.time(), bundle_id, item.dtype.str, item.shape, item.tobytes(), replies[i].tobytes()
-            )
-            written += self._write(msgspec.msgpack.encode(record))
+            written += self._write(record(token_hex(8), time.time(), bundle_id, inputs, replies, int(i)))
         return written
 
     def close(self) -> None:
@@ -114,13 +107,12 @@ class CaptureLog:
                 os.close(self._file)
                 self._file = None
 
-    def _write(self, body: bytes) -> bool:
-        record = _HEAD.pack(len(body), zlib.crc32(body)) + body
+    def _write(self, data: bytes) -> bool:
         try:
-            file = self._segment(len(record))
-            done = os.write(file, record)
-            if done < len(record):
-                raise OSError(f"only {done} of {len(record)} bytes were written")
+            file = self._segment(len(data))
+            done = os.write(file, data)
+            if done < len(data):
+                raise OSError(f"only {done} of {len(data)} bytes were written")
             if time.monotonic() - self._synced_at >= SYNC_SECONDS:
                 os.fsync(file)
                 self._synced_at = time.monotonic()
@@ -158,6 +150,39 @@ class CaptureLog:
             logger.warning(
                 "captures cannot be written to %s (%s); requests are answered all the same", self.folder, error
             )
+
+
+def record(id_: str, at: float, bundle_id: str, inputs: NDArray[Any], replies: FloatArray, i: int) -> bytes:
+    """Item ``i`` of a request and its reply, as it stands in a segment (or in a file of its own).
+
+    Bytes are kept as arrays of unsigned bytes. :func:`read_record` is the inverse.
+
+    >>> data = record("c1", 1.5, "b1", np.array([b"hi"], object), np.array([[0.25, 0.75]], "<f4"), 0)
+    >>> capture = read_record(data, "digits")
+    >>> capture.input.tobytes(), capture.confidence, read_record(data[:-1], "digits")
+    (b'hi', 0.75, None)
+    """
+    if inputs.dtype.kind == "O":
+        item = np.frombuffer(inputs[i], np.uint8)
+    else:
+        item = inputs[i, ...]  # an array even where items are single numbers: those would lose their byte order
+    body = msgspec.msgpack.encode(
+        _Record(id_, at, bundle_id, item.dtype.str, item.shape, item.tobytes(), replies[i].astype("<f4").tobytes())
+    )
+    return _HEAD.pack(len(body), zlib.crc32(body)) + body
+
+
+def read_record(data: bytes, endpoint: str) -> Capture | None:
+    """The capture that :func:`record` wrote, or None where ``data`` is torn or damaged.
+
+    >>> read_record(b"", "digits") is None
+    True
+    """
+    if len(data) < _HEAD.size:
+        return None
+    size, crc = _HEAD.unpack_from(data)
+    body = data[_HEAD.size :]
+    return _capture(endpoint, body) if len(body) == size and zlib.crc32(body) == crc else None
 
 
 def read_captures(

@@ -9,7 +9,9 @@ room                      verbs
 :mod:`.learning`          ``train`` ``evaluate``
 :mod:`.promoting`         ``check`` ``package``
 :mod:`.serving`           ``serve``
+:mod:`.access`            ``token``
 :mod:`.inferring`         ``infer``
+:mod:`.delivering`        ``deliver`` (what waits, and becomes questions: :mod:`.deferring`)
 :mod:`.planning`          ``plan``
 :mod:`.watching`          ``monitor`` ``explain``
 :mod:`.cycle`             ``run``: all of the above until a goal or a budget
@@ -20,10 +22,12 @@ Every verb takes the project's folder, opens it, does one thing, keeps the resul
 again it finds what is already there, so a loop that was killed goes on where it stopped.
 """
 
+from trilobe.loop.access import token
 from trilobe.loop.asking import Labeled, label, query
 from trilobe.loop.believing import Aggregated, aggregate
 from trilobe.loop.collecting import Added, add, init
 from trilobe.loop.cycle import Ran, run
+from trilobe.loop.delivering import Delivered, deliver
 from trilobe.loop.inferring import Inferred, infer
 from trilobe.loop.learning import evaluate, train
 from trilobe.loop.planning import Planned, plan
@@ -34,7 +38,7 @@ from trilobe.loop.telling import export, report, show
 from trilobe.loop.watching import Explained, explain, monitor
 
 __all__ = [
-    "Added", "Aggregated", "Explained", "Inferred", "Labeled", "Planned", "Project", "Ran", "add", "aggregate", "check",
-    "evaluate", "explain", "export", "infer", "init", "label", "listening", "monitor", "opened", "package", "plan",
-    "query", "report", "run", "serve", "show", "train",
+    "Added", "Aggregated", "Delivered", "Explained", "Inferred", "Labeled", "Planned", "Project", "Ran", "add",
+    "aggregate", "check", "deliver", "evaluate", "explain", "export", "infer", "init", "label", "listening", "monitor",
+    "opened", "package", "plan", "query", "report", "run", "serve", "show", "token", "train",
 ]  # fmt: skip

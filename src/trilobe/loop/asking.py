@@ -1,13 +1,16 @@
 """``query`` and ``label``: questions go out, answers come in."""
 
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from trilobe.loop.choosing import Strategy, from_finding, from_pool, told_of
+from trilobe.errors import NotEnoughData
+from trilobe.loop.choosing import Pick, Strategy, from_finding, from_pool, told_of
+from trilobe.loop.deferring import STRATEGY as DEFERRED
+from trilobe.loop.deferring import from_waiting, urgent_first, waiting
 from trilobe.loop.project import Project, annotators, digest, opened, positive, seed_of, tell
 from trilobe.loop.tables import make_answer, take_answers
 from trilobe.loop.terminal import AtTheTerminal
@@ -40,6 +43,7 @@ def query(
 ) -> list[Question]:
     """Choose what to ask next. While questions are open, those are returned and nothing new is asked.
 
+    What endpoints left to people comes first, also while other questions are open: somebody waits for those answers.
     Without a model the first questions are examples typical of the pool; then the strategy chooses by the model's
     calibrated predictions, spread over unlike examples, and a share (query.control) is left to chance, so that what
     the strategy saves can be measured. With a finding, the captures that caused it become the questions, and those
@@ -66,11 +70,14 @@ def query(
     """
     positive(n=n, answers=answers)
     with opened(project) as p:
+        each = answers or p.config.query.answers
         questions = [q for q in p.store.questions(open_only=True) if q.strategy != "truth.v1"]
         if questions:
             tell(f"{len(questions)} questions are still open; answer them first (trilobe label)")
+            urgent = from_waiting(p, (n or p.config.query.n) - sum(q.strategy == DEFERRED for q in questions))
+            questions = urgent_first(questions + _put(p, urgent, max(q.round for q in questions), each))
         else:
-            questions = _ask_new(p, n, strategy, finding, answers or p.config.query.answers, partial, seed)
+            questions = _ask_new(p, n, strategy, finding, each, partial, seed)
         for line in told_of(p, questions) if explain else ():
             tell(line)
         return questions
@@ -80,13 +87,26 @@ def _ask_new(
     p: Project, n: int | None, strategy: Strategy, finding: str, each: int, partial: bool, seed: int | None
 ) -> list[Question]:
     round_ = 1 + max((q.round for q in p.store.questions()), default=0)
-    seed, people = seed_of(p.seed if seed is None else seed, "query", round_), tuple[str, ...]()
+    seed = seed_of(p.seed if seed is None else seed, "query", round_)
     if finding:
         picks = from_finding(p, p.finding(finding), n or p.config.query.n, strategy, seed)
-        people = tuple(a["name"] for a in annotators(p) if a["name"] != GOLD)[:each]
-    else:
-        picks = from_pool(p, n, strategy, seed, partial or p.config.query.partial)
-    if each > (n_people := len(people or p.config.query.annotators) or 1):
+        return _put(p, picks, round_, each, tuple(a["name"] for a in annotators(p) if a["name"] != GOLD)[:each])
+    count = n or (p.config.query.n if p.newest_model() else p.config.query.first)
+    urgent = _put(p, from_waiting(p, count), round_, each)
+    if len(urgent) == count:
+        return urgent
+    try:
+        picks = from_pool(p, count - len(urgent), strategy, seed, partial or p.config.query.partial)
+    except NotEnoughData:
+        if urgent:
+            return urgent
+        raise
+    return urgent + _put(p, picks, round_, each)
+
+
+def _put(p: Project, picks: Sequence[Pick], round_: int, each: int, people: tuple[str, ...] = ()) -> list[Question]:
+    """Picks as questions, asked of ``people``, or of ``each`` who may be asked."""
+    if picks and each > (n_people := len(people or p.config.query.annotators) or 1):
         tell(f"each question is asked of {n_people}, not of {each}: name the people in query.annotators")
     said: dict[str, set[str]] = {}
     for a in p.store.answers(example_ids=[pick.example.id for pick in picks]):
@@ -145,6 +165,9 @@ def label(
             new, known, refused = take_answers(p, answers, n)
         else:
             new, known, refused = _ask(p, answers if callable(answers) else AtTheTerminal(p), annotator, n), 0, {}
+        unanswered, unasked = waiting(p)
+        if unanswered > unasked:
+            tell(f"clients wait for answers to {unanswered - unasked} of the questions: trilobe deliver")
         return Labeled(new, known, p.store.count_superseded() - before, refused, len(p.store.questions(open_only=True)))
 
 
@@ -153,7 +176,7 @@ def _ask(p: Project, answerer: Answerer, annotator: str, n: int | None) -> int:
     said = {(a.question_id, a.annotator) for a in p.store.answers()}
     todo = [
         (q, who)
-        for q in p.store.questions(open_only=True)
+        for q in urgent_first(p.store.questions(open_only=True))
         for who in q.assignees or (annotator,)
         if (q.id, who) not in said
     ][:n]

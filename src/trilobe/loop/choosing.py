@@ -106,8 +106,8 @@ def control_ids(p: Project) -> list[str]:
 
 
 def _random_order(p: Project, pool: Sequence[Example]) -> list[Example]:
-    """The pool in an order of ids and the seed alone, without what came from findings: that is no fair sample."""
-    fair = [e for e in pool if not e.source.startswith("finding:")]
+    """The pool in an order of ids and the seed alone, without what endpoints picked: that is no fair sample."""
+    fair = [e for e in pool if not e.source.startswith(("finding:", "deferred:"))]
     return sorted(fair, key=lambda e: hashlib.sha256(f"control/{p.seed}/{e.id}".encode()).digest())
 
 

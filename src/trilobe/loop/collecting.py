@@ -5,6 +5,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+import msgspec
 
 from trilobe import tasks
 from trilobe.config import FILE, load, parse
@@ -15,6 +18,7 @@ from trilobe.loop.project import STATE, Project, digest, opened, tell
 from trilobe.loop.tables import read_table, written
 from trilobe.types import GOLD, Answer, Example, Question, Response, Split
 
+LISTED = "entity_list.v1"  # the strategy of questions that a list of names has answered
 TEMPLATE = """\
 # A Trilobe project. Every key is optional but the name; `trilobe show config` prints them all with their values.
 
@@ -53,12 +57,16 @@ budget = 1000         # or after so many answers
 
 @dataclass(frozen=True)
 class Added:
-    """What became of the files: ids ``added``, names recognized as ``duplicates``, and why others were ``refused``."""
+    """What became of the files: ids ``added``, names recognized as ``duplicates``, and why others were ``refused``.
+
+    ``labeled`` counts truths that came with them, ``listed`` answers of a list of entities.
+    """
 
     added: tuple[str, ...]
     duplicates: Mapping[str, str]
     refused: Mapping[str, str]
     labeled: int = 0
+    listed: int = 0
 
 
 def init(
@@ -120,6 +128,7 @@ def add(
     split: Split = "pool",
     labels: str = "",
     source: str = "file",
+    format: Literal["files", "comprehend", "comprehend_files"] = "files",
 ) -> Added:
     """Add examples: files, or folders with everything in them. Bytes are copied; the originals are not needed again.
 
@@ -134,6 +143,10 @@ def add(
             JSON lines, CSV, CoNLL), or a CSV file with the columns example (file name, or the end of its path) and
             label. It is kept as answers of the annotator "gold", also of examples that are there already.
         source: a remark on where they come from.
+        format: files (one example each, or as their suffix says); comprehend, what Amazon Comprehend's entity
+            recognizer is trained on: text files with a document on each line, labels being a CSV file of annotations,
+            or of entities (kept as answers of the annotator "entity-list"), or a manifest of Ground Truth;
+            comprehend_files, the same with one document per file. Of these, all goes in or nothing.
 
     Returns:
         What was added, recognized, refused.
@@ -144,11 +157,15 @@ def add(
     Example:
         trilobe add photos/ --project signs
         trilobe add held-out/ --split test --labels folders
+        trilobe add documents.txt --format comprehend --labels annotations.csv
     """
     if split not in ("pool", "test"):
         raise UsageError(f"split {split!r}", expected="'pool' or 'test'")
     with opened(project) as p:
-        files = list(_files([paths] if isinstance(paths, Path | str) else paths, p.task.suffixes))
+        paths = [paths] if isinstance(paths, Path | str) else paths
+        if format != "files":
+            return _add_comprehend(p, paths, split, labels, source, format == "comprehend")
+        files = list(_files(paths, p.task.suffixes))
         truth = _truth(p, files, labels)
         examples: list[Example] = []
         contents: dict[str, str] = {}
@@ -173,12 +190,41 @@ def add(
         return _add(p, examples, contents, refused, truth)
 
 
+def _add_comprehend(
+    p: Project, paths: Sequence[Path | str], split: Split, labels: str, source: str, by_line: bool
+) -> Added:
+    """Documents in Comprehend's formats, all of them read before the first is kept."""
+    from trilobe.tasks.entity_recognition.comprehend import DOCUMENTS, ENTITY_LIST, MANIFESTS, read
+
+    if not p.space.scheme:
+        raise UsageError("entities for a project without any", expected='task = "entity_recognition"')
+    files = list(_files(paths, DOCUMENTS | (MANIFESTS - p.task.suffixes)))
+    documents, who = read(files, labels, p.config.label_names(), by_line)
+    if who == ENTITY_LIST and split == "test":
+        raise UsageError("a test part known from a list of entities", expected="annotations: a list misses some")
+    examples: list[Example] = []
+    contents: dict[str, str] = {}
+    said: dict[str, Response] = {}
+    now = time.time()
+    for i, d in enumerate(documents):
+        row = {"text": d.text} | ({"spans": d.spans} if d.spans is not None else {})
+        for data, truth, where in p.task.read(msgspec.json.encode(row), ".jsonl", p.config):
+            name = d.name + where.removeprefix("#1")  # of a long document, which part
+            examples.append(Example(p.store.blobs.put(data), name, split, source, {}, now))
+            contents[examples[-1].id] = p.task.content(p.task.decode(data, p.config))
+            said |= {name: truth} if truth else {}
+        if i % 1000 == 999 or i + 1 == len(documents):
+            tell("adding", i + 1, len(documents))
+    return _add(p, examples, contents, {}, said, who or GOLD)
+
+
 def _add(
     p: Project,
     examples: list[Example],
     contents: dict[str, str],
     refused: dict[str, str],
     truth: Mapping[str, Response],
+    who: str = GOLD,
 ) -> Added:
     with p.store.transaction():
         added, again = p.store.add_examples(examples, contents)
@@ -187,7 +233,7 @@ def _add(
         for e, first in again:  # a truth told later counts, but never for the other split
             if e.name in truth and there[first] == e.split:
                 gold.setdefault(first, truth[e.name])
-        labeled = record_truth(p, gold)
+        labeled = record_truth(p, gold, who)
     if not added and not again:
         raise NotFoundError(
             f"none of {len(refused)} files could be added" if refused else "no files of a known kind were found",
@@ -202,19 +248,24 @@ def _add(
         "duplicates": sorted({*left["duplicates"], *(e.name for e, _ in again if e.name not in known)}),
         "refused": sorted({*left["refused"], *refused}),
     })  # fmt: skip
-    return Added(tuple(e.id for e in added), {e.name: first for e, first in again}, refused, labeled)
+    counts = {"labeled": labeled} if who == GOLD else {"listed": labeled}
+    if who != GOLD:
+        tell(f"{labeled} answers of {who!r}")
+    return Added(tuple(e.id for e in added), {e.name: first for e, first in again}, refused, **counts)
 
 
-def record_truth(p: Project, truth: Mapping[str, Response]) -> int:
-    """Keep what is known for certain, by example id, as answers of the annotator ``gold``: how many are new."""
-    questions = [
-        Question(digest("truth", id_)[:16], id_, strategy="truth.v1", reason="known beforehand") for id_ in truth
-    ]
+def record_truth(p: Project, truth: Mapping[str, Response], who: str = GOLD) -> int:
+    """Keep what is known beforehand, by example id, as answers of ``who``: how many are new.
+
+    The annotator ``gold`` is certain; another, as a list of names, is judged by the aggregation like anybody.
+    """
+    kind, strategy = ("truth", "truth.v1") if who == GOLD else (who, LISTED)
+    questions = [Question(digest(kind, id_)[:16], id_, strategy=strategy, reason="known beforehand") for id_ in truth]
     answers = []
     for id_, said in truth.items():
         p.possible(said, id_)
-        question, key = digest("truth", id_)[:16], digest("truth", id_, written(said))[:16]
-        answers.append(Answer(key, question, id_, GOLD, said))
+        question, key = digest(kind, id_)[:16], digest(kind, id_, written(said))[:16]
+        answers.append(Answer(key, question, id_, who, said))
     p.store.add_questions(questions)
     return p.store.add_answers(answers)
 

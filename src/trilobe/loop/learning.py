@@ -1,10 +1,11 @@
 """``train`` and ``evaluate``: beliefs become a calibrated model, and the model meets the held-out part."""
 
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,22 +21,28 @@ from trilobe.types import GOLD, Belief, Evidence, Example, FloatArray, Model
 if TYPE_CHECKING:
     from torch import nn
 
-    from trilobe.algorithms.fit import Plan
+    from trilobe.algorithms.fit import Plan, Profile
 
 
 ENOUGH = 30  # examples picked at random from which on they are the better estimate of accuracy
 
 
-def train(project: "Project | Path | str" = ".", seed: int | None = None) -> Model:
+@overload
+def train(project: "Project | Path | str" = ".", seed: int | None = None, profile: Literal[False] = False) -> Model: ...
+@overload
+def train(project: "Project | Path | str" = ".", seed: int | None = None, *, profile: Literal[True]) -> "Profile": ...
+def train(project: "Project | Path | str" = ".", seed: int | None = None, profile: bool = False) -> Any:
     """Train on all beliefs, calibrate on out-of-fold predictions, and keep the model.
 
     Every example is first predicted by a network that did not see its answers (train.folds networks); the temperature
     is fitted on those predictions, and they are the honest estimate where there is no test part. The same answers,
-    settings and seed give the same model; the last and longest of the trainings goes on where it was interrupted.
+    settings and seed give the same model; training that was interrupted goes on where it was. With train.workers
+    several networks are trained side by side.
 
     Args:
         project: the project's folder.
         seed: overrides the project's.
+        profile: only measure where the time goes, and what more workers would bring; nothing is kept.
 
     Raises:
         NotEnoughData: no answers, or all of them for one class.
@@ -43,6 +50,7 @@ def train(project: "Project | Path | str" = ".", seed: int | None = None) -> Mod
 
     Example:
         trilobe train
+        trilobe train --profile
     """
     with opened(project) as p:
         seed = p.seed if seed is None else seed
@@ -51,11 +59,14 @@ def train(project: "Project | Path | str" = ".", seed: int | None = None) -> Mod
         _check_classes(p, beliefs)
         beliefs += _repeated(p, beliefs) if p.config.query.propagate else []
         settings, spec = as_dict(p.config.train), p.preprocessing()
+        if profile:
+            return _profiled(p, beliefs, spec, seed)
         key = digest("train", told.beliefs, len(beliefs), settings, seed, spec, p.space.names, p.config.project.task)
         if kept := p.store.recorded(f"train/{key}"):
             tell("already trained on exactly this")
             return p.store.model(kept)
-        learned = _learn(p, beliefs, spec, seed, p.state / "work" / f"{key[:16]}.safetensors")
+        work = p.state / "work" / key[:16]
+        learned = _learn(p, beliefs, spec, seed, work)
         weights = p.store.blobs.put(learned.weights)
         believed = flat(as_rows([b.proba for b in beliefs]))
         agrees = flat(learned.out_of_fold).argmax(1) == believed.argmax(1)
@@ -68,7 +79,8 @@ def train(project: "Project | Path | str" = ".", seed: int | None = None) -> Mod
             network={"name": spec.get("network", p.task.architecture), "width": p.config.train.width},
             temperature=learned.temperature,
             origin={**p.origin(train=settings, beliefs=told.beliefs, n_examples=len(beliefs), n_answers=told.n_answers,
-                               annotators=list(told.annotators), aggregate=told.method), "seed": seed},
+                               annotators=list(told.annotators), aggregate=told.method, **learned.settled),
+                    "seed": seed},
             metrics={"out_of_fold_accuracy": float(agrees.mean())},
             created_at=time.time(),
         )  # fmt: skip
@@ -76,6 +88,7 @@ def train(project: "Project | Path | str" = ".", seed: int | None = None) -> Mod
             p.store.add_model(model)
             p.store.record(f"train/{key}", model.id)
             p.store.record(f"out_of_fold/{model.id}", _rows(learned, beliefs))
+        shutil.rmtree(work, ignore_errors=True)
         return model
 
 
@@ -84,36 +97,70 @@ class _Learned:
     weights: bytes
     temperature: float
     out_of_fold: FloatArray
+    settled: Mapping[str, Any]  # what the settings left to be measured, and what came out
 
 
-def _learn(p: Project, beliefs: list[Belief], spec: Mapping[str, Any], seed: int, checkpoint: Path) -> _Learned:
-    """Networks for the out-of-fold predictions, then the one on everything."""
+def _learn(p: Project, beliefs: list[Belief], spec: Mapping[str, Any], seed: int, work: Path) -> _Learned:
+    """Networks for the out-of-fold predictions and one on everything, side by side; what is done of them is in
+    ``work``."""
     from trilobe.algorithms.calibrate import fit_temperature
-    from trilobe.algorithms.fit import cross_fit, fit
+    from trilobe.algorithms.fit import fit_and_cross_fit
     from trilobe.algorithms.weights import to_safetensors
 
+    X, likelihood = p.encode(examples_of(p, beliefs)), as_rows([b.likelihood for b in beliefs])
+    proba, vary, settings = as_rows([b.proba for b in beliefs]), p.task.augment(p.config), p.config.train
+    plan, settled = _settled(p, (X, likelihood), spec, seed, work.name)
+    module, out_of_fold = fit_and_cross_fit(
+        _network(p, spec, seed), X, likelihood, plan, settings.folds, vary,
+        lambda step, total, loss: tell("training", step, total), work, settings.workers, settings.engine,
+    )  # fmt: skip
+    temperature = fit_temperature(flat(out_of_fold), flat(proba))
+    return _Learned(to_safetensors(module.state_dict()), temperature, out_of_fold, settled)
+
+
+def _network(p: Project, spec: Mapping[str, Any], seed: int) -> "Callable[[], nn.Module]":
+    """What makes the network to be trained, always with the same first weights."""
+    return lambda: p.task.network(spec, p.space, p.config.train.width, seed_of(seed, "network"))
+
+
+def _settled(
+    p: Project, data: tuple[FloatArray, FloatArray], spec: Mapping[str, Any], seed: int, key: str
+) -> "tuple[Plan, dict[str, Any]]":
+    """The plan without "auto", and what took its place: measured once, then kept, so that a crash changes nothing."""
+    from trilobe.algorithms.fit import settle
+
+    plan = plan_of(p, seed)
+    if plan.settled:
+        return plan, {}
+    if (kept := p.store.recorded(f"settled/{key}")) is None:
+        found = settle(_network(p, spec, seed)(), *data, plan, p.task.augment(p.config))
+        kept = {k: getattr(found, k) for k in ("lr", "precision") if getattr(plan, k) == "auto"}
+        p.store.record(f"settled/{key}", kept)
+        tell(
+            "measured: "
+            + ", ".join(f"train.{k} = {v:.2g}" if k == "lr" else f"train.{k} = {v}" for k, v in kept.items())
+        )
+    return replace(plan, **kept), {"settled": kept}
+
+
+def _profiled(p: Project, beliefs: list[Belief], spec: Mapping[str, Any], seed: int) -> "Profile":
+    """Where the time of one worker goes, reading the examples included."""
+    from trilobe.algorithms.fit import profile
+
+    began = time.perf_counter()
     X = p.encode(examples_of(p, beliefs))
-    likelihood, proba = as_rows([b.likelihood for b in beliefs]), as_rows([b.proba for b in beliefs])
-    folds, vary, done = p.config.train.folds, p.task.augment(p.config), [0]
-
-    def fresh() -> "nn.Module":
-        return p.task.network(spec, p.space, p.config.train.width, seed_of(seed, "network"))
-
-    def progress(step: int, total: int, loss: float) -> None:
-        tell("training", done[0] * total + step, (folds + 1) * total)
-        done[0] += step == total
-
-    out_of_fold = cross_fit(fresh, X, likelihood, plan_of(p, seed), folds, vary, progress)
-    module = fresh()
-    fit(module, X, likelihood, plan_of(p, seed), vary, checkpoint, progress)
-    return _Learned(to_safetensors(module.state_dict()), fit_temperature(flat(out_of_fold), flat(proba)), out_of_fold)
+    encode_s, likelihood = time.perf_counter() - began, as_rows([b.likelihood for b in beliefs])
+    networks = min(p.config.train.folds, len(beliefs)) + 1
+    module, vary = _network(p, spec, seed)(), p.task.augment(p.config)
+    return profile(module, X, likelihood, plan_of(p, seed), vary, networks, encode_s)
 
 
 def plan_of(p: Project, seed: int) -> "Plan":
     """How this project trains, with the random numbers of ``seed``."""
     from trilobe.algorithms.fit import Plan
 
-    numbers = {k: v for k, v in as_dict(p.config.train).items() if k not in ("width", "folds", "augment")}
+    apart = ("width", "folds", "augment", "workers", "engine")  # of the network, or of where and how often
+    numbers = {k: v for k, v in as_dict(p.config.train).items() if k not in apart}
     return Plan(**numbers, seed=seed_of(seed, "train"))
 
 

@@ -8,6 +8,7 @@ from trilobe.config import PipelineSection, ServeSection
 from trilobe.errors import ConfigError, NotFoundError, ServeError, TrilobeError, UsageError
 from trilobe.infrastructure import endpoint as endpoints
 from trilobe.infrastructure.bundle import open_bundle
+from trilobe.infrastructure.deferral import chooser
 from trilobe.infrastructure.endpoint import Wish
 from trilobe.infrastructure.serve import Batching, Flow, Function, Node, Settings, graph, serve_forever
 from trilobe.infrastructure.serve.graph import find
@@ -119,6 +120,7 @@ def _settings(section: ServeSection, base: Path) -> Settings:
         max_memory=section.max_memory * 1024 * 1024,
         log_share=section.log_share,
         json_log=section.log == "json",
+        defer=chooser(section.defer_error, section.defer_share),
     )
 
 

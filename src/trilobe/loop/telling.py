@@ -15,6 +15,7 @@ from trilobe.errors import NotEnoughData, NotFoundError, UsageError
 from trilobe.files import write_atomically
 from trilobe.infrastructure import endpoint as endpoints
 from trilobe.loop.believing import unpack_beliefs
+from trilobe.loop.deferring import waiting
 from trilobe.loop.project import Project, annotators, opened, tell
 from trilobe.loop.tables import written
 from trilobe.types import GOLD
@@ -71,7 +72,8 @@ def _overview(p: Project) -> dict[str, Any]:
     for folder in sorted((p.state / "endpoints").glob("*")):
         with contextlib.suppress(NotFoundError):  # one that never came up
             out["endpoints"].append(_fields(endpoints.status(folder)))
-    out["next"] = _next(p, out)
+    out["waiting"], unasked = waiting(p)  # for people
+    out["next"] = "trilobe query" if unasked else _next(p, out)
     return out
 
 
@@ -81,6 +83,8 @@ def _next(p: Project, now: Mapping[str, Any]) -> str:
         return "trilobe add FOLDER"
     if now["questions"]["open"]:
         return "trilobe label"
+    if now["waiting"]:
+        return "trilobe deliver"
     if not now["answers"]["current"]:
         return "trilobe query"
     if not now["model"]:

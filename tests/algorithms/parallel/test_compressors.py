@@ -1,6 +1,7 @@
 """What each compressor promises: its size, its bias or lack of it, what it keeps."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 from trilobe.algorithms.parallel.compressors import COMPRESSORS, Encoding, mean_absolute
 
 
-def through(name: str, x: torch.Tensor, e: Encoding) -> torch.Tensor:
+def through(name: str, x: torch.Tensor, e: Encoding, pieces: Sequence[int] = ()) -> torch.Tensor:
     compressor, out = COMPRESSORS[name], torch.full_like(x, float("nan"))
     row = torch.zeros(compressor.size(len(x), e), dtype=torch.uint8)
-    compressor.decode(row, compressor.encode(x, row, e), out, e)
+    pieces = list(pieces or [len(x)])
+    compressor.decode(row, compressor.encode(x, row, pieces, e), out, pieces, e)
     return out
 
 
@@ -48,6 +50,15 @@ def test_scaled_sign_is_the_nearest_of_its_kind() -> None:
         float((x - scale * x.sign()).square().sum()) for scale in (0.9 * mean_absolute(x), 1.1 * mean_absolute(x))
     ]
     assert float((x - out).square().sum()) < min(errors)
+
+
+@pytest.mark.parametrize("name", ["sign", "stochastic_sign"])
+def test_every_piece_has_a_scale_of_its_own(name: str) -> None:
+    x = torch.cat([torch.randn(77), 1000 * torch.randn(3), 1e-6 * torch.randn(50)])
+    out = through(name, x, encoding(scaled=True), (77, 3, 50))
+    scale = mean_absolute if name == "sign" else lambda piece: float(piece.abs().max())
+    for sent, piece in zip(out.split((77, 3, 50)), x.split((77, 3, 50)), strict=True):
+        assert sent.abs().unique().tolist() == pytest.approx([scale(piece)])
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import re
 import resource
 import socket
@@ -278,8 +277,7 @@ def test_failures_of_the_handler_are_500_and_the_connection_goes_on(caplog: pyte
             writer.write(b"GET /well HTTP/1.1\r\n\r\n")
             assert await answer(reader) == (200, b"/well|")
 
-    with caplog.at_level(logging.CRITICAL, "asyncio"):
-        run(main())
+    run(main())
     assert "secret of the house" in caplog.text
 
 
@@ -310,7 +308,7 @@ def test_limits_hold_before_the_handler_sees_anything(data: bytes, status: int) 
             out = await here.ask(data)
             assert out.startswith(HTTP + b"%d " % status) and count(out) == 1
             assert b'{"error":' in out and b"connection: close" in out
-            assert not here.seen
+            assert not here.seen and here.server.responses == {status: 1}
             assert await here.alive()
 
     run(main())
@@ -372,10 +370,8 @@ def test_many_requests_ahead_do_not_keep_others_waiting() -> None:
         async with site(slow) as here:
             greedy = asyncio.ensure_future(here.ask(post("/g", b"") * 60 + post("/g", b"", CLOSE)))
             await until(lambda: len(here.seen) > 2)
-            start = time.monotonic()
             assert await here.alive()
-            assert time.monotonic() - start < 0.2  # the 60 take 0.3 s
-            assert not greedy.done()
+            assert not greedy.done()  # the 60 take 0.3 s, whose turns the other one shared
             assert count(await greedy) == 61
 
     run(main())
@@ -399,6 +395,36 @@ def test_bodies_of_all_clients_together_are_bounded() -> None:
                 writer.close()
             await until(lambda: not here.server.connections)
             assert here.server.held == 0
+
+    run(main())
+
+
+def test_bodies_that_wait_for_their_answer_count_as_well() -> None:
+    async def main() -> None:
+        waiting: list[asyncio.Future[Reply]] = []
+
+        def wait(request: Request) -> asyncio.Future[Reply]:
+            waiting.append(asyncio.get_running_loop().create_future())
+            return waiting[-1]
+
+        async with site(wait, Limits(max_body=1 << 20, max_held=3 << 20)) as here:
+            for n in range(3):
+                _, writer = await here.connect()
+                writer.write(post("/a", bytes(900_000)))
+                await until(lambda n=n: len(waiting) == n + 1)
+            assert (await here.ask(post("/a", bytes(900_000)))).startswith(HTTP + b"503 ")
+            assert len(waiting) == 3 and here.server.held == 2_700_000
+            small = asyncio.ensure_future(here.ask(post("/small", b"a", CLOSE)))
+            await until(lambda: len(waiting) == 4)  # small ones pass
+            for future in waiting:
+                future.set_result((200, {}, b""))
+            assert count(await small, 200) == 1
+            await until(lambda: here.server.held == 0)
+            _, writer = await here.connect()
+            writer.write(post("/a", bytes(900_000)))
+            await until(lambda: len(waiting) == 5)
+            writer.close()
+            await until(lambda: waiting[-1].cancelled() and here.server.held == 0)
 
     run(main())
 
@@ -446,7 +472,7 @@ def test_a_large_body_on_a_slow_line_arrives() -> None:
             writer.write(b"POST /a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
             for _ in range(10):
                 writer.write(b"10000\r\n" + b"a" * 65536 + b"\r\n")
-                await asyncio.sleep(0.15)
+                await asyncio.sleep(0.08)
             writer.write(b"0\r\n\r\n")
             status, body = await answer(reader)
             assert status == 200 and len(body) == 655363
@@ -464,41 +490,39 @@ def test_silence_ends_a_connection() -> None:
     run(main())
 
 
-@pytest.mark.parametrize("lines", [(), (CLOSE,)], ids=["keep", "close"])
-@pytest.mark.parametrize("size", [40_000, 20_000_000])
+@pytest.mark.parametrize(
+    ("lines", "size"), [((), 60_000), ((CLOSE,), 60_000), ((), 100_000)], ids=["rests", "closes", "pauses"]
+)
 def test_a_client_that_does_not_read_loses_its_connection(lines: tuple[str, ...], size: int) -> None:
-    """Whether the reply fills the buffers or not; a small send buffer stands for a long line."""
+    """Whether what waits for it makes asyncio pause (over 64 KiB) or not; small buffers stand for a long line."""
 
     async def main() -> None:
-        limits = Limits(write=0.3, idle=0.3)
-        async with site(lambda request: (200, {}, bytes(size)), limits) as here:
-            client = socket.create_connection(here.address)
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            await until(lambda: bool(here.server.connections))
-            (connection,) = here.server.connections
-            connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            client.sendall(post("/a", b"", *lines) * 3 if not lines else post("/a", b"", *lines))
-            await until(lambda: bool(here.seen))
-            assert here.server.connections
-            await until(lambda: not here.server.connections, 8 if size < 1e6 else 320)
-            client.close()
+        async with site(lambda request: (200, {}, bytes(size)), Limits(write=0.2, idle=0.2)) as here:
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect(here.address)
+                await until(lambda: bool(here.server.connections))
+                (connection,) = here.server.connections
+                connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+                client.sendall(post("/a", b"", *lines))
+                await until(lambda: bool(here.seen))
+                assert connection.transport.get_write_buffer_size() > 0
+                assert connection.paused == (size == 100_000)
+                await until(lambda: not here.server.connections, 10)
 
-    if size > 1e6:  # 20 MB may take their time: see that it is finite instead of waiting for it
-        with pytest.raises(AssertionError):
-            run(_waits_for_reader(size))
-        return
     run(main())
 
 
-async def _waits_for_reader(size: int) -> None:
-    async with site(lambda request: (200, {}, bytes(size)), Limits(write=0.3)) as here:
-        client = socket.create_connection(here.address)
-        client.sendall(post("/a", b""))
-        await until(lambda: bool(here.seen))
-        (connection,) = here.server.connections
-        assert time.monotonic() < connection.deadline < time.monotonic() + 0.3 + size / 65536 + 1
-        client.close()
-        raise AssertionError
+def test_a_client_that_reads_slowly_gets_time_for_a_large_answer() -> None:
+    async def main() -> None:
+        async with site(lambda request: (200, {}, bytes(20_000_000)), Limits(write=0.3)) as here:
+            _, writer = await here.connect()
+            writer.write(post("/a", b""))
+            await until(lambda: bool(here.seen))
+            (connection,) = here.server.connections
+            assert 10 < connection.deadline - time.monotonic() < 0.3 + 20_000_000 / 65536
+
+    run(main())
 
 
 def test_who_leaves_cancels_what_it_asked_for() -> None:
@@ -554,7 +578,7 @@ def test_two_thousand_idle_connections_are_nobodys_business() -> None:
             start = time.monotonic()
             for _ in range(100):
                 assert await here.alive()
-            assert time.monotonic() - start < 2.0  # 20 ms each, on any machine
+            assert time.monotonic() - start < 10.0  # 100 ms each, on the busiest of machines
             assert (_resident() - before) / 2000 < 40_000
             for client in clients:
                 client.close()
@@ -578,13 +602,13 @@ def test_who_rests_makes_way_for_who_asks() -> None:
             await until(lambda: len(here.server.connections) == 10)
             assert await here.alive()
             assert len(here.server.connections) <= 10
+            pairs.append(await here.connect())
             for _, writer in pairs:
                 writer.write(b"GET /bu")  # now all of them are about to ask
-            await until(lambda: sum(c.begun for c in here.server.connections) == len(here.server.connections) >= 9)
-            _, writer = await here.connect()
-            await until(lambda: len(here.server.connections) == 10 or not here.server.connections, 1)
-            for _, writer in pairs:
-                writer.close()
+            await until(lambda: sum(c.begun for c in here.server.connections) == 10)
+            reader, _ = await here.connect()
+            assert await heard(reader) == b""  # nobody rests: the last to come goes
+            assert len(here.server.connections) == 10
 
     run(main())
 
@@ -607,7 +631,7 @@ def test_stopping_answers_what_is_under_way_and_closes() -> None:
             out = await asked
             assert out.endswith(b"done") and b"connection: close" in out and len(here.seen) == 1
             await stopping
-            with pytest.raises(OSError):  # noqa: PT011
+            with pytest.raises(OSError):
                 await here.connect()
 
     run(main())
@@ -671,7 +695,9 @@ def test_requests_with_two_readings_are_refused(data: bytes) -> None:
 def test_what_is_said_twice_is_a_list_and_what_is_said_late_is_not_heard() -> None:
     async def main() -> None:
         async with site() as here:
-            await here.ask(b"GET /a HTTP/1.1\r\nAuthorization: a\r\nauthorization: b\r\nX:\r\nConnection: close\r\n\r\n")
+            await here.ask(
+                b"GET /a HTTP/1.1\r\nAuthorization: a\r\nauthorization: b\r\nX:\r\nConnection: close\r\n\r\n"
+            )
             await here.ask(CHUNKED[:-2] + b"Connection: close\r\n\r\n1\r\na\r\n0\r\nAuthorization: evil\r\n\r\n")
         assert here.seen[0].headers == {"authorization": "a, b", "x": "", "connection": "close"}
         assert here.seen[1].body == b"a" and "authorization" not in here.seen[1].headers

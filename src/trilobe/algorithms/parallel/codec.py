@@ -97,9 +97,7 @@ def unpack_by_torch(bits: Tensor, n: int, scale: float = 1.0) -> Tensor:
 def majority(votes: Sequence[Words]) -> Words:
     """The bitwise majority of an odd number of words: every bit of the result is the more frequent one.
 
-    ``votes`` are integer tensors or numpy arrays of one shape and dtype; each bit position is an election of its
-    own. Bits are counted by full adders on whole words (carry-save addition): about ``5 n`` bit operations on each
-    word for ``n`` voters and no unpacking. The counter's binary digits are then compared with ``(n + 1) / 2``.
+    ``votes`` are integer tensors or numpy arrays of one shape and dtype; each bit position is an election of its own.
 
     >>> votes = [np.array([v], dtype=np.uint8) for v in (0b1100, 0b1010, 0b1001)]
     >>> bin(int(majority(votes)[0]))
@@ -109,6 +107,21 @@ def majority(votes: Sequence[Words]) -> Words:
         raise UsageError(
             f"a majority among {len(votes)} votes", expected="an odd number of votes", hint="count one of them twice"
         )
+    return at_least(votes, (len(votes) + 1) // 2)
+
+
+def at_least(votes: Sequence[Words], threshold: int) -> Words:
+    """Where ``threshold`` or more of the words (1 to all of them) have their bit set, for every bit position.
+
+    Bits are counted by full adders on whole words (carry-save addition): about ``5 n`` bit operations on each word for
+    ``n`` voters and no unpacking. The counter's binary digits are then compared with the threshold.
+
+    >>> votes = [np.array([v], dtype=np.uint8) for v in (0b1100, 0b1010)]
+    >>> bin(int(at_least(votes, 1)[0])), bin(int(at_least(votes, 2)[0]))
+    ('0b1110', '0b1000')
+    """
+    if not 1 <= threshold <= len(votes):
+        raise UsageError(f"{threshold} of {len(votes)} votes", expected="at least one vote, and at most all")
     column, digits = list(votes), []
     while column:  # one column per binary digit of the count, lowest first
         carries = []
@@ -124,10 +137,10 @@ def majority(votes: Sequence[Words]) -> Words:
                 carries.append(a & b)
         digits.append(column[0])
         column = carries
-    return _at_least(digits, (len(votes) + 1) // 2)
+    return _reaches(digits, threshold)
 
 
-def _at_least(digits: list[Words], threshold: int) -> Words:
+def _reaches(digits: list[Words], threshold: int) -> Words:
     """Where the number with these binary digits (lowest first) reaches ``threshold``, for every bit position."""
     reached: Words | None = None  # None: certainly, so far
     for i, digit in enumerate(digits):

@@ -1,10 +1,11 @@
 """What becomes of a vector before it is sent: signs, few levels, few coordinates, or nothing. Nobody is called here.
 
 A compressor is three functions: how many bytes ``n`` numbers take (fixed by ``n``, so a receiver knows without asking),
-how to write them into these bytes, and how to read them back. All randomness comes from the generator handed in.
+how to write them into these bytes, and how to read them back. A vector comes with the lengths of its pieces (of one
+parameter each), which differ in size: signs have a scale for each. All randomness comes from the generator handed in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ GROUP = 512  # coordinates that share one norm in `quantize`: the bucket of Alis
 class Encoding:
     """What an encoder may need beside the vector.
 
-    ``zero_negative``: the side a zero takes at this step; ``scaled``: send a scale along with the signs; ``levels``:
+    ``zero_negative``: the side a zero takes at this step; ``scaled``: send scales along with the signs; ``levels``:
     of ``quantize``, 1..127; ``ratio``: of ``top_k``, the share of coordinates kept, 0..1.
     """
 
@@ -32,12 +33,12 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True)
 class Compressor:
-    """``size(n, encoding)`` bytes; ``encode(x, row, encoding)`` writes them and returns the scale to send along;
-    ``decode(row, scale, out, encoding)`` fills ``out``."""
+    """``size(n, encoding)`` bytes; ``encode(x, row, pieces, encoding)`` writes them and returns the scales to send, one
+    for each piece or none at all; ``decode(row, scales, out, pieces, encoding)`` fills ``out``."""
 
     size: Callable[[int, Encoding], int]
-    encode: Callable[[Tensor, Tensor, Encoding], float]
-    decode: Callable[[Tensor, float, Tensor, Encoding], None]
+    encode: Callable[[Tensor, Tensor, Sequence[int], Encoding], list[float]]
+    decode: Callable[[Tensor, Sequence[float], Tensor, Sequence[int], Encoding], None]
 
 
 def mean_absolute(x: Tensor) -> float:
@@ -53,23 +54,30 @@ def mean_absolute(x: Tensor) -> float:
     return float(x.abs().mean())
 
 
-def _encode_sign(x: Tensor, row: Tensor, e: Encoding) -> float:
+def _encode_sign(x: Tensor, row: Tensor, pieces: Sequence[int], e: Encoding) -> list[float]:
     pack(x, row[: packed_size(len(x))], e.zero_negative)
-    return mean_absolute(x) if e.scaled else 1.0
+    return [mean_absolute(piece) for piece in torch.split(x, list(pieces))] if e.scaled else []
 
 
-def _encode_stochastic_sign(x: Tensor, row: Tensor, e: Encoding) -> float:
-    """Sign of ``x + u``, ``u`` uniform on ``[-B, B]``, ``B = max|x|``: its mean is ``x / B`` (Safaryan and Richtarik
-    2021, arXiv 1905.12938, with the max-norm in place of the 2-norm: less noise, also unbiased)."""
-    low, high = torch.aminmax(x)
-    bound = float(torch.maximum(-low, high))
-    noise = torch.rand(len(x), generator=e.generator, device=x.device).mul_(2 * bound).sub_(bound)
+def _encode_stochastic_sign(x: Tensor, row: Tensor, pieces: Sequence[int], e: Encoding) -> list[float]:
+    """Sign of ``x + u``, ``u`` uniform on ``[-B, B]``, ``B = max|x|`` in each piece: its mean is ``x / B`` (Safaryan
+    and Richtarik 2021, arXiv 1905.12938, with the max-norm in place of the 2-norm: less noise, also unbiased)."""
+    noise = torch.rand(len(x), generator=e.generator, device=x.device).mul_(2).sub_(1)
+    bounds = [float(piece.abs().max()) for piece in torch.split(x, list(pieces))]
+    _multiply(noise, bounds, pieces)
     pack(noise.add_(x), row[: packed_size(len(x))], e.zero_negative)
-    return bound if e.scaled else 1.0
+    return bounds if e.scaled else []
 
 
-def _decode_sign(row: Tensor, scale: float, out: Tensor, e: Encoding) -> None:
-    unpack(row[: packed_size(len(out))], len(out), scale, out)
+def _decode_sign(row: Tensor, scales: Sequence[float], out: Tensor, pieces: Sequence[int], e: Encoding) -> None:
+    unpack(row[: packed_size(len(out))], len(out), scales[0] if len(scales) == 1 else 1.0, out)
+    if len(scales) > 1:
+        _multiply(out, scales, pieces)
+
+
+def _multiply(x: Tensor, scales: Sequence[float], pieces: Sequence[int]) -> None:
+    """Each piece of ``x`` by its scale, in place."""
+    torch._foreach_mul_(list(torch.split(x, list(pieces))), list(scales))
 
 
 def _quantized_sizes(n: int, e: Encoding) -> tuple[int, int]:
@@ -78,7 +86,7 @@ def _quantized_sizes(n: int, e: Encoding) -> tuple[int, int]:
     return 4 * groups, groups * GROUP // (2 if e.levels <= 7 else 1)
 
 
-def _encode_quantized(x: Tensor, row: Tensor, e: Encoding) -> float:
+def _encode_quantized(x: Tensor, row: Tensor, pieces: Sequence[int], e: Encoding) -> list[float]:
     """``norm * sign(x) * xi / s`` with ``xi`` one of the two levels around ``s |x| / norm``, at random so that the mean
     is ``x`` (Alistarh et al. 2017, arXiv 1610.02132, section 3.1), a fixed width for each code instead of
     Elias coding: the size must not depend on the data."""
@@ -94,10 +102,10 @@ def _encode_quantized(x: Tensor, row: Tensor, e: Encoding) -> float:
         out.copy_((codes[::2] & 15) | (codes[1::2] << 4))
     else:
         out.copy_(codes)
-    return 1.0
+    return []
 
 
-def _decode_quantized(row: Tensor, scale: float, out: Tensor, e: Encoding) -> None:
+def _decode_quantized(row: Tensor, scales: Sequence[float], out: Tensor, pieces: Sequence[int], e: Encoding) -> None:
     for_norms, for_codes = _quantized_sizes(len(out), e)
     norms = row[:for_norms].view(torch.float32)
     codes = row[for_norms : for_norms + for_codes].view(torch.int8)
@@ -111,28 +119,28 @@ def _kept(n: int, e: Encoding) -> int:
     return min(n, max(1, round(n * e.ratio)))
 
 
-def _encode_top_k(x: Tensor, row: Tensor, e: Encoding) -> float:
+def _encode_top_k(x: Tensor, row: Tensor, pieces: Sequence[int], e: Encoding) -> list[float]:
     """The ``k`` coordinates largest in absolute value, as float32 values and int32 places (Stich et al. 2018,
     arXiv 1809.07599)."""
     k = _kept(len(x), e)
     places = torch.topk(x.abs(), k, sorted=False).indices
     row[: 4 * k].view(torch.float32).copy_(x[places])
     row[4 * k : 8 * k].view(torch.int32).copy_(places)
-    return 1.0
+    return []
 
 
-def _decode_top_k(row: Tensor, scale: float, out: Tensor, e: Encoding) -> None:
+def _decode_top_k(row: Tensor, scales: Sequence[float], out: Tensor, pieces: Sequence[int], e: Encoding) -> None:
     k = _kept(len(out), e)
     out.zero_()
     out[row[4 * k : 8 * k].view(torch.int32).long()] = row[: 4 * k].view(torch.float32)
 
 
-def _encode_none(x: Tensor, row: Tensor, e: Encoding) -> float:
+def _encode_none(x: Tensor, row: Tensor, pieces: Sequence[int], e: Encoding) -> list[float]:
     row[: 4 * len(x)].view(torch.float32).copy_(x)
-    return 1.0
+    return []
 
 
-def _decode_none(row: Tensor, scale: float, out: Tensor, e: Encoding) -> None:
+def _decode_none(row: Tensor, scales: Sequence[float], out: Tensor, pieces: Sequence[int], e: Encoding) -> None:
     out.copy_(row[: 4 * len(out)].view(torch.float32))
 
 

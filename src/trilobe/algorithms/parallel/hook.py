@@ -2,14 +2,18 @@
 ``model.register_comm_hook(state, majority_vote_hook)``. A hook is compressor x memory x communicator, chosen in one
 frozen ``Choices``. The bits are made in ``codec`` and ``compressors``; here they are exchanged and put together.
 
-A message is one row of bytes: a float32 scale, an int32 flag, what the compressor wrote, zeros up to a multiple of
-eight. The flag tells whether the sender votes, abstains (its vector is all zero), or met a number that is not finite,
-and in which parameter: so every worker stops with the same message instead of waiting for one that stopped.
+A message is one row of bytes: an int32 flag, float32 scales (of signs, one for each parameter in it), what the
+compressor wrote; each of the two parts with zeros up to a multiple of eight. The flag tells whether the sender votes,
+abstains (its vector is all zero), or met a number that is not finite, and in which parameter: so every worker stops
+with the same message instead of waiting for one that stopped.
 """
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
@@ -18,12 +22,13 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
-from trilobe.algorithms.parallel.codec import majority
+from trilobe.algorithms.parallel.codec import at_least, majority
 from trilobe.algorithms.parallel.compressors import COMPRESSORS, SIGNS, Encoding
+from trilobe.algorithms.parallel.lane import Lane
 from trilobe.algorithms.parallel.memory import Memory
 from trilobe.errors import TrainingError, UsageError
 
-HEADER = 8  # bytes: scale and flag
+HEADER = 8  # bytes: flag and one scale; more scales take four each
 VOTES, ABSTAINS = 0, -1  # flags; k > 0: the bucket's k-th parameter has a gradient that is not finite
 FORMAT = "trilobe.parallel.v1"
 
@@ -41,7 +46,10 @@ class Choices:
         ``sign``, ``stochastic_sign``: one bit a coordinate. ``quantize``: 4 or 8 bits (``levels`` up to 7, or up to
         127). ``top_k``: 64 bits for each of the ``ratio`` largest. ``none``: 32 bits.
     scaled
-        Send a scale with the signs, so that the result has the size of a gradient. Without it the result is -1 or 1.
+        Send scales with the signs, so that the result has the size of a gradient. Without them the result is -1 or 1.
+    scale_per
+        ``parameter``: a scale (or bound of noise) for every parameter, four bytes each, so that layers with gradients
+        of different size keep them. ``message``: one for all that a worker sends another of a bucket.
     memory
         ``error_feedback``: what compression lost is added to the next gradient (Seide et al. 2014; Karimireddy et al.
         2019, algorithm 1, with the learning rate left to the optimizer). ``momentum``: an exponential average of
@@ -54,6 +62,8 @@ class Choices:
         ``vote``: each coordinate takes the sign of most workers, times the median of their scales; a minority may lie
         about its gradients (in ``two_phase`` each worker is trusted to count its chunk). A tie goes to the worker that
         counts (``all_gather``: to each in turn, step by step), so it is as unbiased as that worker's gradient.
+        With ``ties="zero"`` it becomes 0: the mean of signs with two workers; in ``two_phase`` the outcome then takes
+        two bits a coordinate.
         ``mean``: the average, compressed again when ``two_phase`` sends it out (with a second error memory at the
         worker that averages: Tang et al. 2019, arXiv 1905.05957, algorithm 1).
 
@@ -65,7 +75,9 @@ class Choices:
     memory: MemoryName = "none"
     communicator: CommunicatorName = "two_phase"
     aggregate: Literal["vote", "mean"] = "vote"
+    ties: Literal["counter", "zero"] = "counter"
     scaled: bool = False
+    scale_per: Literal["parameter", "message"] = "parameter"
     beta: float = 0.9
     levels: int = 7
     ratio: float = 0.01
@@ -76,6 +88,8 @@ class Choices:
             ("memory", ("none", "error_feedback", "momentum")),
             ("communicator", ("all_reduce", "all_gather", "two_phase")),
             ("aggregate", ("vote", "mean")),
+            ("ties", ("counter", "zero")),
+            ("scale_per", ("parameter", "message")),
         ):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} {getattr(self, name)!r}", expected=f"one of {', '.join(known)}")
@@ -105,6 +119,7 @@ STOCHASTIC_VOTE = Choices(compressor="stochastic_sign")
 QSGD = Choices(compressor="quantize", aggregate="mean")
 EF_TOP_K = Choices(compressor="top_k", memory="error_feedback", aggregate="mean")
 PLAIN = Choices(compressor="none", communicator="all_reduce", aggregate="mean")
+_CHOSEN = asdict(MAJORITY_VOTE)  # what a saved state means by choices that were added after it was written
 PRESETS: Mapping[str, Choices] = {
     "plain": PLAIN,
     "majority_vote": MAJORITY_VOTE,
@@ -138,19 +153,29 @@ class Meter:
 class State:
     """What one worker's hook keeps between calls: its choices, memory, random generator and byte meter.
 
+    With ``overlap`` buckets are exchanged on a thread and a process group of their own while backward goes on (on the
+    CPU, in the group of all processes); the numbers are the same without.
+
     >>> state = State(EF_SIGN).attach(torch.nn.Linear(2, 1))
     >>> state.meter.sent
     0
     """
 
-    def __init__(self, choices: Choices = MAJORITY_VOTE, group: "dist.ProcessGroup | None" = None, seed: int = 0):
-        self.choices, self.group, self.seed = choices, group, seed
+    def __init__(
+        self,
+        choices: Choices = MAJORITY_VOTE,
+        group: "dist.ProcessGroup | None" = None,
+        seed: int = 0,
+        overlap: bool = True,
+    ):
+        self.choices, self.group, self.seed, self.overlap = choices, group, seed, overlap
         self.meter = Meter()
         self.step = 0
         self.parameters: dict[str, Tensor] = {}
         self.names: dict[int, str] = {}
         self.worker, self.owner = Memory(), Memory()  # of what was sent, and of what was averaged and sent out
         self._generator: torch.Generator | None = None
+        self._lane: Lane | None = None
 
     def attach(self, model: torch.nn.Module) -> "State":
         """Learn the names of ``model``'s parameters (a DDP module or what it wraps), for errors and checkpoints."""
@@ -165,6 +190,23 @@ class State:
             self._generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + rank)
         c = self.choices
         return Encoding(self._generator, self.step % 2 == 1, c.scaled, c.levels, c.ratio)
+
+    def overlaps(self, buffer: Tensor) -> bool:
+        """Whether ``buffer`` may be exchanged while backward goes on."""
+        all_processes = self.group is None or self.group is dist.group.WORLD
+        return self.overlap and all_processes and buffer.device.type == "cpu" and dist.get_world_size() > 1
+
+    def lane(self) -> Lane:
+        """Where buckets are exchanged beside backward; opened at first use, by all workers at once."""
+        if self._lane is None:
+            self._lane = Lane()
+            weakref.finalize(self, self._lane.close)
+        return self._lane
+
+    def wait(self) -> None:
+        """Until nothing is under way in the lane; raise what an exchange there raised."""
+        if self._lane is not None:
+            self._lane.drain()
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later :meth:`load_state_dict` needs to go on as if nothing had happened: tensors by parameter
@@ -184,7 +226,7 @@ class State:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from ``saved``. Raises UsageError for other choices, TrainingError for another model."""
         self._require_names()
-        if saved.get("format") != FORMAT or saved["choices"] != asdict(self.choices):
+        if saved.get("format") != FORMAT or _CHOSEN | saved["choices"] != asdict(self.choices):
             came = saved.get("choices") if saved.get("format") == FORMAT else f"format {saved.get('format')!r}"
             raise UsageError(f"a saved state with {came}", expected=f"{FORMAT} with {asdict(self.choices)}")
         self.worker.load(saved["worker"], self.parameters)
@@ -226,17 +268,26 @@ def majority_vote_hook(state: State, bucket: GradBucket) -> Future[Tensor]:
 def compressed_hook(state: State, bucket: GradBucket) -> Future[Tensor]:
     """DDP hook for any :class:`Choices`: ``model.register_comm_hook(State(QSGD).attach(model), compressed_hook)``.
 
-    The result stands in the bucket's own buffer, in its dtype; all computing is in float32. Works on every backend
-    with ``all_to_all`` and ``all_gather`` (gloo, nccl); on a GPU reading scales and flags waits for the device
-    some times for each bucket.
+    The result stands in the bucket's own buffer, in its dtype; all computing is in float32. Every bucket but the last
+    of a step is exchanged while backward computes the next ones (:class:`State`, ``overlap``); the last waits for
+    all, so that an error is raised by ``backward()`` as what it is. Works on every backend with ``all_to_all`` and
+    ``all_gather`` (gloo, nccl); on a GPU reading scales and flags waits for the device some times for each bucket.
     """
-    buffer = bucket.buffer()
+    buffer, parameters, index = bucket.buffer(), bucket.parameters(), bucket.index()
     if buffer.is_sparse:
         raise UsageError("a sparse gradient", expected="dense gradients", hint="Embedding(..., sparse=False)")
-    flat = buffer if buffer.dtype == torch.float32 else buffer.float()
-    exchange(state, flat, bucket.parameters(), bucket.index())
-    if flat is not buffer:
-        buffer.copy_(flat)
+
+    def work(group: "dist.ProcessGroup | None") -> None:
+        flat = buffer if buffer.dtype == torch.float32 else buffer.float()
+        _exchange(_Call(state, flat, parameters, index, group))
+        if flat is not buffer:
+            buffer.copy_(flat)
+
+    if not bucket.is_last() and state.overlaps(buffer):
+        lane = state.lane()
+        return lane.submit(lambda: work(lane.group), buffer)
+    state.wait()
+    work(state.group)
     if bucket.is_last():
         state.step += 1
         state.meter.steps += 1
@@ -248,43 +299,67 @@ def compressed_hook(state: State, bucket: GradBucket) -> Future[Tensor]:
 def exchange(state: State, flat: Tensor, parameters: Sequence[Tensor], index: int = 0) -> None:
     """Replace ``flat`` ``(n,)`` float32, the gradient of ``parameters`` one after another, by what all workers make
     of theirs. The hook without DDP: call it with the same shapes in the same order on every worker."""
-    call = _Call(state, flat, parameters, index)
-    if state.choices.communicator == "all_reduce":
-        _all_reduce(call)
-    elif state.choices.communicator == "all_gather":
-        _all_gather(call)
-    else:
-        _two_phase(call)
+    _exchange(_Call(state, flat, parameters, index, state.group))
 
 
 class _Call:
     """One bucket at one step: the vector to send, cut into ``chunk`` coordinates for each message."""
 
-    def __init__(self, state: State, flat: Tensor, parameters: Sequence[Tensor], index: int):
-        self.state, self.flat, self.parameters, self.index = state, flat, parameters, index
-        self.world, self.rank = dist.get_world_size(state.group), dist.get_rank(state.group)
-        split = self.world if state.choices.communicator == "two_phase" else 1
+    def __init__(
+        self,
+        state: State,
+        flat: Tensor,
+        parameters: Sequence[Tensor],
+        index: int,
+        group: "dist.ProcessGroup | None",
+    ):
+        self.state, self.flat, self.parameters, self.index, self.group = state, flat, parameters, index, group
+        self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        c = state.choices
+        split = self.world if c.communicator == "two_phase" else 1
         self.chunk = -(-len(flat) // (64 * split)) * 64  # whole 64-bit words of signs
         self.chunks = [flat[i * self.chunk : (i + 1) * self.chunk] for i in range(split)]
+        alone = c.scale_per == "message" or c.compressor not in SIGNS
+        sizes = (len(flat),) if alone else tuple(p.numel() for p in parameters)
+        self.pieces = _pieces(sizes, self.chunk, split)
         self.encoding = state.encoding(flat.device)
-        self.compressor = COMPRESSORS[state.choices.compressor]
-        self.row = HEADER + -(-self.compressor.size(self.chunk, self.encoding) // 8) * 8
+        self.compressor = COMPRESSORS[c.compressor]
+        self.scaled = c.scaled and c.compressor in SIGNS
+        scales = max(map(len, self.pieces)) if self.scaled else 0
+        self.header = -(-4 * (1 + scales) // 8) * 8
+        self.written = -(-self.compressor.size(self.chunk, self.encoding) // 8) * 8
+        self.planes = 2 if c.aggregate == "vote" and c.ties == "zero" else 1
 
-    def rows(self, n: int) -> Tensor:
-        return torch.zeros(n, self.row, dtype=torch.uint8, device=self.flat.device)
+    def rows(self, n: int, planes: int = 1) -> Tensor:
+        size = self.header + planes * self.written
+        return torch.zeros(n, size, dtype=torch.uint8, device=self.flat.device)
 
-    def encode(self, x: Tensor, row: Tensor) -> None:
-        if _is_zero(x):
-            _write_header(row, 0.0, ABSTAINS)
+    def encode(self, x: Tensor, row: Tensor, chunk: int) -> None:
+        """``x``, the chunk of that number, into ``row``."""
+        if not len(x) or _is_zero(x):
+            _write_header(row, [], ABSTAINS)
         else:
-            _write_header(row, self.compressor.encode(x, row[HEADER:], self.encoding), VOTES)
+            scales = self.compressor.encode(x, row[self.header :], self.pieces[chunk], self.encoding)
+            _write_header(row, scales, VOTES)
 
-    def decode(self, row: Tensor, out: Tensor) -> None:
-        scale, flag = _read_header(row[None])[0]
-        if flag == VOTES:
-            self.compressor.decode(row[HEADER:], scale, out, self.encoding)
-        else:
+    def decode(self, row: Tensor, out: Tensor, chunk: int, planes: int = 1) -> None:
+        flag, scales = self.read_header(row[None], chunk)[0]
+        if flag != VOTES:
             out.zero_()
+            return
+        written = row[self.header :]
+        self.compressor.decode(written, scales, out, self.pieces[chunk], self.encoding)
+        if planes == 2:  # the two differ where there was a tie
+            other = torch.empty_like(out)
+            self.compressor.decode(written[self.written :], scales, other, self.pieces[chunk], self.encoding)
+            out.add_(other).mul_(0.5)
+
+    def read_header(self, rows: Tensor, chunk: int) -> list[tuple[int, list[float]]]:
+        """Flag and scales of each row."""
+        head = rows[:, : self.header].contiguous()
+        scales = head.view(torch.float32)[:, 1 : 1 + len(self.pieces[chunk])].tolist() if self.scaled else []
+        flags = head.view(torch.int32)[:, 0].tolist()
+        return list(zip(flags, scales or [[]] * len(flags), strict=True))
 
     def messages(self) -> Tensor:
         """This worker's rows ``(chunks, row)``: memory added, compressed, what was lost remembered."""
@@ -292,15 +367,14 @@ class _Call:
         broken = _not_finite(self.flat, self.parameters)
         if broken:
             for row in rows:
-                _write_header(row, 0.0, broken)
+                _write_header(row, [], broken)
             return rows
         kept = self._remember()
-        for own, row in zip(torch.split(kept, self.chunk), rows, strict=False):
-            self.encode(own, row)
+        for i, row in enumerate(rows):
+            own = kept[i * self.chunk : (i + 1) * self.chunk]
+            self.encode(own, row, i)
             if self.state.choices.memory == "error_feedback":
-                self._subtract(row, own)
-        for row in rows[-(-len(kept) // self.chunk) :]:
-            _write_header(row, 0.0, ABSTAINS)
+                self._subtract(row, own, i)
         return rows
 
     def _remember(self) -> Tensor:
@@ -322,14 +396,14 @@ class _Call:
         kept.add_(strays, alpha=self.world)
         averaged.sub_(strays)
 
-    def _subtract(self, row: Tensor, own: Tensor) -> None:
+    def _subtract(self, row: Tensor, own: Tensor, chunk: int) -> None:
         decoded = torch.empty_like(own)
-        self.decode(row, decoded)
+        self.decode(row, decoded, chunk)
         own.sub_(decoded)
 
-    def check(self, headers: list[tuple[float, int]]) -> None:
+    def check(self, headers: list[tuple[int, list[float]]]) -> None:
         """Stop, on every worker alike, where one of them met a number that is not finite."""
-        for worker, (_, flag) in enumerate(headers):
+        for worker, (flag, _) in enumerate(headers):
             if flag > VOTES:
                 self.fail(flag, f" of worker {worker}")
 
@@ -343,27 +417,38 @@ class _Call:
             hint="lower the learning rate, clip gradients, or look for bad values in that worker's batch",
         )
 
-    def combine(self, rows: Tensor, first: int, n: int, out: Tensor) -> None:
-        """Make one row of ``n`` coordinates of everybody's ``rows`` by vote; ``first`` decides ties."""
-        headers = _read_header(rows)
+    def combine(self, rows: Tensor, first: int, chunk: int, out: Tensor) -> None:
+        """Make one row of everybody's ``rows`` of a chunk by vote; ``first`` decides ties."""
+        headers = self.read_header(rows, chunk)
         self.check(headers)
         order = [(first + i) % self.world for i in range(self.world)]
-        voters = [i for i in order if headers[i][1] == VOTES]
-        if not voters or not n:
-            _write_header(out, 0.0, ABSTAINS)
+        voters = [i for i in order if headers[i][0] == VOTES]
+        if not voters:
+            _write_header(out, [], ABSTAINS)
             return
-        votes = [rows[i, HEADER:].view(torch.int64) for i in voters]
-        out[HEADER:].view(torch.int64).copy_(majority(votes if len(votes) % 2 else [*votes, votes[0]]))
-        _write_header(out, _median([headers[i][0] for i in voters]), VOTES)
+        votes = [rows[i, self.header :].view(torch.int64) for i in voters]
+        written = out[self.header :].view(torch.int64)
+        if self.planes == 1:
+            written.copy_(majority(votes if len(votes) % 2 else [*votes, votes[0]]))
+        else:  # more than half are negative; half or more are
+            half = written[: self.written // 8], written[self.written // 8 :]
+            half[0].copy_(at_least(votes, len(votes) // 2 + 1))
+            half[1].copy_(at_least(votes, (len(votes) + 1) // 2))
+        _write_header(out, [_median(scales) for scales in zip(*(headers[i][1] for i in voters), strict=True)], VOTES)
 
-    def average(self, rows: Tensor, out: Tensor) -> None:
-        """The mean of everybody's rows, into ``out``."""
-        self.check(_read_header(rows))
+    def average(self, rows: Tensor, out: Tensor, chunk: int) -> None:
+        """The mean of everybody's rows of a chunk, into ``out``."""
+        self.check(self.read_header(rows, chunk))
         decoded = torch.empty_like(out)
         out.zero_()
         for row in rows:
-            self.decode(row, decoded)
+            self.decode(row, decoded, chunk)
             out.add_(decoded, alpha=1 / self.world)
+
+
+def _exchange(call: _Call) -> None:
+    communicate = {"all_reduce": _all_reduce, "all_gather": _all_gather, "two_phase": _two_phase}
+    communicate[call.state.choices.communicator](call)
 
 
 def _all_reduce(call: _Call) -> None:
@@ -371,7 +456,7 @@ def _all_reduce(call: _Call) -> None:
     if kept is not call.flat:
         call.flat.copy_(kept)
     call.flat.div_(call.world)
-    dist.all_reduce(call.flat, group=call.state.group)
+    dist.all_reduce(call.flat, group=call.group)
     broken = _not_finite(call.flat, call.parameters)
     if broken:
         call.fail(broken, "")
@@ -381,59 +466,71 @@ def _all_reduce(call: _Call) -> None:
 def _all_gather(call: _Call) -> None:
     mine, rows = call.messages()[0], call.rows(call.world)
     _gather(call, mine, rows)
-    _count(call, (call.world - 1) * call.row)
     if call.state.choices.aggregate == "vote":
-        outcome = call.rows(1)[0]
-        call.combine(rows, call.state.step % call.world, len(call.flat), outcome)
-        call.decode(outcome, call.flat)
+        outcome = call.rows(1, call.planes)[0]
+        call.combine(rows, call.state.step % call.world, 0, outcome)
+        call.decode(outcome, call.flat, 0, call.planes)
     else:
-        call.average(rows, call.flat)
+        call.average(rows, call.flat, 0)
 
 
 def _two_phase(call: _Call) -> None:
     rows = call.messages()
     if call.world > 1:
         sent, rows = rows, torch.empty_like(rows)
-        dist.all_to_all_single(rows, sent, group=call.state.group)
-    outcome, own = call.rows(1)[0], call.chunks[call.rank]
+        dist.all_to_all_single(rows, sent, group=call.group)
+        _count(call, (call.world - 1) * rows.shape[1])
+    outcome = call.rows(1, call.planes)[0]
     if call.state.choices.aggregate == "vote":
-        call.combine(rows, call.rank, len(own), outcome)
+        call.combine(rows, call.rank, call.rank, outcome)
     else:
-        _average_chunk(call, rows, own, outcome)
-    outcomes = call.rows(call.world)
+        _average_chunk(call, rows, outcome)
+    outcomes = call.rows(call.world, call.planes)
     _gather(call, outcome, outcomes)
-    _count(call, 2 * (call.world - 1) * call.row)
-    for row, chunk in zip(outcomes, call.chunks, strict=True):
+    for i, chunk in enumerate(call.chunks):
         if len(chunk):
-            call.decode(row, chunk)
+            call.decode(outcomes[i], chunk, i, call.planes)
 
 
-def _average_chunk(call: _Call, rows: Tensor, own: Tensor, outcome: Tensor) -> None:
+def _average_chunk(call: _Call, rows: Tensor, outcome: Tensor) -> None:
     """The mean of this worker's chunk, compressed again; with error feedback what that loses is remembered too."""
-    mean = torch.empty_like(own)
-    call.average(rows, mean)
-    if not len(own):
-        _write_header(outcome, 0.0, ABSTAINS)
-        return
+    i = call.rank
+    mean = torch.empty_like(call.chunks[i])
+    call.average(rows, mean, i)
     if call.state.choices.memory != "error_feedback":
-        call.encode(mean, outcome)
+        call.encode(mean, outcome, i)
         return
     averaged, _ = call.state.owner.of(call.parameters)
-    error = averaged[call.rank * call.chunk : (call.rank + 1) * call.chunk]
-    call.encode(error.add_(mean), outcome)
-    call._subtract(outcome, error)
+    error = averaged[i * call.chunk : (i + 1) * call.chunk]
+    call.encode(error.add_(mean), outcome, i)
+    call._subtract(outcome, error, i)
 
 
 def _gather(call: _Call, mine: Tensor, rows: Tensor) -> None:
     if call.world == 1:
         rows[0].copy_(mine)
     else:
-        dist.all_gather(list(rows), mine, group=call.state.group)
+        dist.all_gather(list(rows), mine, group=call.group)
+        _count(call, (call.world - 1) * len(mine))
 
 
 def _count(call: _Call, n: int) -> None:
     call.state.meter.sent += n
     call.state.meter.received += n
+
+
+@lru_cache(256)
+def _pieces(sizes: tuple[int, ...], chunk: int, split: int) -> tuple[tuple[int, ...], ...]:
+    """The lengths of the parameters' parts in each of ``split`` chunks.
+
+    >>> _pieces((100, 50, 30), 64, 3)
+    ((64,), (36, 28), (22, 30))
+    """
+    cuts = sorted({0, *accumulate(sizes), *range(chunk, sum(sizes), chunk)})
+    pieces: list[list[int]] = [[] for _ in range(split)]
+    for start, stop in pairwise(cuts):
+        pieces[start // chunk].append(stop - start)
+    return tuple(map(tuple, pieces))
 
 
 def _is_zero(x: Tensor) -> bool:
@@ -451,17 +548,12 @@ def _not_finite(flat: Tensor, parameters: Sequence[Tensor]) -> int:
     return 0  # finite numbers with an infinite square
 
 
-def _median(scales: list[float]) -> float:
+def _median(scales: Sequence[float]) -> float:
     """The lower median; what is not finite counts as too large, so a minority of liars cannot choose the result."""
     return sorted(s if math.isfinite(s) else math.inf for s in scales)[(len(scales) - 1) // 2]
 
 
-def _write_header(row: Tensor, scale: float, flag: int) -> None:
-    row[:4].view(torch.float32).fill_(scale)
-    row[4:HEADER].view(torch.int32).fill_(flag)
-
-
-def _read_header(rows: Tensor) -> list[tuple[float, int]]:
-    heads = rows[:, :HEADER].contiguous()
-    scales, flags = heads.view(torch.float32)[:, 0].tolist(), heads.view(torch.int32)[:, 1].tolist()
-    return list(zip(scales, flags, strict=True))
+def _write_header(row: Tensor, scales: Sequence[float], flag: int) -> None:
+    row[:4].view(torch.int32).fill_(flag)
+    if scales:
+        row[4 : 4 + 4 * len(scales)].view(torch.float32).copy_(torch.tensor(scales))

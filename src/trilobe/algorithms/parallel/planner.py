@@ -106,7 +106,7 @@ def plan(
 
 
 def traffic(choices: Choices, n: int, workers: int) -> tuple[int, int]:
-    """Bytes each worker sends in one step for ``n`` parameters in one bucket, and how many messages wait in line.
+    """Bytes each worker sends in one step for ``n`` coordinates of one parameter, and how many messages wait in line.
 
     >>> traffic(PRESETS["plain"], 1000, 2)[0] / traffic(PRESETS["majority_vote"], 1000, 2)[0] > 25
     True
@@ -116,8 +116,9 @@ def traffic(choices: Choices, n: int, workers: int) -> tuple[int, int]:
         return round(2 * others / workers * 4 * n), 2 * others
     split = workers if choices.communicator == "two_phase" else 1
     chunk = -(-n // (64 * split)) * 64
-    row = HEADER + -(-COMPRESSORS[choices.compressor].size(chunk, _encoding(choices)) // 8) * 8
-    return (2 * others * row, 1 + others) if split > 1 else (others * row, others)
+    written = -(-COMPRESSORS[choices.compressor].size(chunk, _encoding(choices)) // 8) * 8
+    row, planes = HEADER + written, 2 if choices.aggregate == "vote" and choices.ties == "zero" else 1
+    return (others * (row + HEADER + planes * written), 1 + others) if split > 1 else (others * row, others)
 
 
 def time_codec(choices: Choices, n: int, workers: int, repeat: int = 3) -> float:
@@ -139,17 +140,17 @@ def time_codec(choices: Choices, n: int, workers: int, repeat: int = 3) -> float
     def once() -> None:
         if choices.memory != "none":
             x.add_(out, alpha=1e-9)
-        compressor.decode(row, compressor.encode(x, row, e), out, e)
+        compressor.decode(row, compressor.encode(x, row, [n], e), out, [n], e)
         if choices.memory == "error_feedback":
-            compressor.decode(row, 1.0, out, e)
+            compressor.decode(row, [1.0], out, [n], e)
             x.sub_(out, alpha=1e-9)
         if choices.aggregate == "vote":
             majority(votes)
             return
         for _ in range(workers):
-            compressor.decode(small_row, 1.0, small, e)
+            compressor.decode(small_row, [1.0], small, [part], e)
         if split > 1:
-            compressor.encode(small, small_row, e)
+            compressor.encode(small, small_row, [part], e)
 
     once()
     return min(_seconds(once) for _ in range(repeat))

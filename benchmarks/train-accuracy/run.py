@@ -1,0 +1,356 @@
+"""Accuracy after equal epochs: majority vote and its variants against tuned SGD, on Fashion-MNIST and CIFAR-10.
+
+Five workers of 20 images a step, simulated one after another in one process (simulate.py; ``--child check`` compares
+it with the real hook among three real processes, and every whole run begins with that). All methods see the same
+images in the same order from the same first weights, under the same schedule; each is tuned with the same number of
+learning rates on a seed of its own, by accuracy on images held out from training; the test images are looked at once,
+after the last epoch, with fresh seeds. Each training run is appended to a file in the user's cache as soon as it is
+done, so that a killed benchmark goes on.
+"""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import common  # noqa: E402
+import numpy as np  # noqa: E402
+import simulate  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from trilobe.algorithms.fit import belief_loss  # noqa: E402
+from trilobe.algorithms.parallel import EF_SIGN, EF_VOTE, MAJORITY_VOTE, SIGNUM, Choices  # noqa: E402
+from trilobe.tasks.image_classification.model import network  # noqa: E402
+from trilobe.tasks.pretrained import default_cache  # noqa: E402
+
+WORKERS, BATCH, TUNING, SEEDS, MARGIN = 5, 20, 1000, (0, 1, 2), 1.0
+WARM, FIRST, LAST = 0.3, 1 / 25, 1 / 250_000  # of one cycle, as torch's OneCycleLR and the project's own training
+TRAIN, HELD, TEST, EPOCHS, WIDTH = 6_000, 2_000, 10_000, 4, 8
+SETS = {"fashion-mnist": "fashion_mnist", "cifar-10": "cifar10"}
+Run = dict[str, Any]
+# Method: what the workers exchange, the momentum of the SGD that applies it, and the middle one of the learning rates.
+METHODS: dict[str, tuple[Choices | None, float, float]] = {
+    "sgd": (None, 0.9, 1e-1),
+    "majority_vote": (MAJORITY_VOTE, 0.0, 9.5e-3),
+    "signum": (SIGNUM, 0.0, 9.5e-3),
+    "ef_vote": (EF_VOTE, 0.9, 1e-1),
+    "ef_sign": (EF_SIGN, 0.9, 1e-1),
+}
+TITLES = {"sgd": "SGD, momentum 0.9, float32", "majority_vote": "majority vote", "signum": "Signum, majority vote",
+          "ef_vote": "error feedback, vote", "ef_sign": "error feedback, mean"}  # fmt: skip
+MARKS = ("<!-- table: run.py writes what stands between -->", "<!-- end of table -->")
+
+
+def images(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """X and y to train on (the held-out ones last), X and y to test with; halved to 14 x 14 or 16 x 16, in 0..1."""
+    folder, n = common.data(SETS[name]), TRAIN + HELD
+    if name == "fashion-mnist":
+        held = np.load(folder / "fashion_mnist.npz")
+        parts = [(held["x_train"][:n, None], held["y_train"][:n]), (held["x_test"][:TEST, None], held["y_test"][:TEST])]
+    else:
+        parts = [_jpeg(folder / f"cifar10_{part}.npz", k) for part, k in (("train_1of2", n), ("test", TEST))]
+    out = []
+    for x, y in parts:
+        small = x.reshape(*x.shape[:2], x.shape[2] // 2, 2, x.shape[3] // 2, 2).mean(axis=(3, 5)) / 255
+        out += [torch.from_numpy(small.astype(np.float32)), torch.from_numpy(y.astype(np.int64))]
+    return out[0], out[1], out[2], out[3]
+
+
+def _jpeg(path: Path, n: int) -> tuple[Any, Any]:
+    from PIL import Image
+
+    held = np.load(path)
+    blob, at = held["jpeg"].tobytes(), held["offsets"]
+    read = [np.asarray(Image.open(io.BytesIO(blob[at[i] : at[i + 1]])).convert("RGB")) for i in range(n)]
+    return np.stack(read).transpose(0, 3, 1, 2), held["labels"][:n]
+
+
+class Data:
+    """One set, and the order in which a seed sees it."""
+
+    def __init__(self, name: str, train: int = TRAIN, epochs: int = EPOCHS, test: int = TEST) -> None:
+        self.name, self.epochs, self.train = name, epochs, train
+        self.x, self.y, self.x_test, self.y_test = images(name)
+        self.x_test, self.y_test = self.x_test[:test], self.y_test[:test]
+        self.told = nn.functional.one_hot(self.y, 10).float()
+        self.total = epochs * (train // (WORKERS * BATCH))
+
+    def order(self, seed: int) -> Tensor:
+        """Indices ``(steps, workers, batch)``: every image once an epoch."""
+        rng = np.random.default_rng(seed)
+        epoch = self.total // self.epochs * WORKERS * BATCH
+        rows = [rng.permutation(self.train)[:epoch].reshape(-1, WORKERS, BATCH) for _ in range(self.epochs)]
+        return torch.from_numpy(np.concatenate(rows))
+
+    def accuracy(self, net: nn.Module, test: bool) -> float:
+        """The share right of the test images, or of those held out from training."""
+        x, y = (self.x_test, self.y_test) if test else (self.x[TRAIN:], self.y[TRAIN:])
+        net.eval()
+        with torch.no_grad():
+            return float((torch.cat([net(part) for part in x.split(500)]).argmax(1) == y).float().mean())
+
+
+def one_cycle(step: int, total: int) -> float:
+    """The factor of the learning rate at a step: up and down again along cosines (Smith and Topin 2018)."""
+    top = WARM * total - 1
+    a, b, share = (FIRST, 1.0, step / top) if step <= top else (1.0, LAST, (step - top) / (total - 1 - top))
+    return b + (a - b) / 2 * (1 + math.cos(math.pi * share))
+
+
+def train(data: Data, method: str, lr: float, seed: int) -> Run:
+    """One run: accuracy on the images held out, and for a seed that is not for tuning on the test images."""
+    choices, momentum, _ = METHODS[method]
+    spec = dict(zip(("channels", "height", "width"), data.x.shape[1:], strict=True))
+    net, order, begin = network(spec, 10, width=WIDTH, seed=seed), data.order(seed), time.process_time()
+    optimizer = torch.optim.SGD(net.parameters(), lr, momentum=momentum)
+    exchange = simulate.Exchange(choices, WORKERS, [p.numel() for p in net.parameters()])
+
+    def loss(net: nn.Module, worker: int, step: int) -> Tensor:
+        at = order[step, worker]
+        return belief_loss(net(data.x[at]), data.told[at])
+
+    losses = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # for dropout
+        net.train()
+        optimizer.param_groups[0]["lr"] = lr * one_cycle(0, data.total)
+        for value in simulate.steps(net, loss, optimizer, exchange, WORKERS, data.total):
+            losses.append(value)
+            optimizer.param_groups[0]["lr"] = lr * one_cycle(min(len(losses), data.total - 1), data.total)
+    return {
+        "set": data.name,
+        "method": method,
+        "lr": lr,
+        "seed": seed,
+        "held_out": round(data.accuracy(net, test=False), 5),
+        "test": None if seed == TUNING else round(data.accuracy(net, test=True), 5),
+        "loss": round(float(np.mean(losses[-20:])), 5),
+        "steps": len(losses),
+        "seconds": round(time.process_time() - begin, 2),
+    }
+
+
+class Runs:
+    """Runs that are done, by what they are; a new one is trained and kept at once."""
+
+    def __init__(self, quick: bool) -> None:
+        self.quick, self.done, self.data = quick, dict[tuple[Any, ...], Run](), dict[str, Data]()
+        self.path = default_cache().parent / "benchmarks" / "train-accuracy" / "runs.jsonl"
+        if not quick and self.path.exists():
+            for line in self.path.read_text("utf-8").splitlines():
+                if line.endswith("}"):
+                    self._note(json.loads(line))
+
+    def get(self, name: str, method: str, lr: float, seed: int) -> Run:
+        """The run, from the file or trained now."""
+        key = (name, method, lr, seed)
+        if key not in self.done:
+            if name not in self.data:
+                self.data[name] = Data(name, 1000, 1, 500) if self.quick else Data(name)
+            run = train(self.data[name], method, lr, seed)
+            if not self.quick:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as f:
+                    f.write("\n" + json.dumps(run))
+            self._note(run)
+            print(
+                time.strftime("%H:%M:%S"),
+                *key,
+                run["held_out"],
+                run["test"],
+                run["seconds"],
+                file=sys.stderr,
+                flush=True,
+            )
+        return self.done[key]
+
+    def _note(self, run: Run) -> None:
+        self.done[run["set"], run["method"], run["lr"], run["seed"]] = run
+
+    def tuned(self, name: str, method: str) -> list[Run]:
+        """The trials of a method that are done."""
+        return [r for r in self.done.values() if (r["set"], r["method"], r["seed"]) == (name, method, TUNING)]
+
+
+def rates(method: str, quick: bool = False) -> list[float]:
+    """The learning rates tried with one method, a factor of 10^0.5 apart."""
+    return [float(f"{METHODS[method][2] * 10 ** (i / 2):.2g}") for i in ((0,) if quick else (-1, 0, 1))]
+
+
+def everything(runs: Runs) -> None:
+    """All runs in the order in which they are worth most: the last method comes after the others, on both sets."""
+    *early, late = METHODS
+    for methods, name in ((m, n) for m in (early, [late]) for n in SETS):
+        for method in methods:
+            for lr in rates(method, runs.quick):
+                runs.get(name, method, lr, TUNING)
+        for seed in SEEDS[:1] if runs.quick else SEEDS:
+            for method in methods:
+                runs.get(name, method, max(runs.tuned(name, method), key=lambda r: r["held_out"])["lr"], seed)
+
+
+def interval(values: list[float], digits: int = 2) -> dict[str, float]:
+    """Mean and 95% interval of Student's t, as few seeds deserve."""
+    from scipy.stats import t
+
+    x = np.array(values)
+    mean = {"mean": round(float(x.mean()), digits), "n": len(x)}
+    if len(x) < 2:
+        return mean
+    half = float(t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    return mean | {"low": round(float(x.mean()) - half, digits), "high": round(float(x.mean()) + half, digits)}
+
+
+def figures(runs: Runs) -> dict[str, Any]:
+    """Per set and method: the learning rate, test accuracy, and how many points it is above SGD, seed by seed."""
+    out: dict[str, Any] = {}
+    for name in SETS:
+        scores: dict[str, dict[int, float]] = {}
+        for run in runs.done.values():
+            if run["set"] == name and run["test"] is not None:
+                scores.setdefault(run["method"], {})[run["seed"]] = 100 * run["test"]
+        rows = {}
+        for method in (m for m in METHODS if m in scores and "sgd" in scores):
+            own, tried = scores[method], sorted(runs.tuned(name, method), key=lambda r: r["lr"])
+            both = sorted(own.keys() & scores["sgd"].keys())
+            lr = max(tried, key=lambda r: r["held_out"])["lr"]
+            rows[method] = {
+                "lr": lr,
+                "at_edge": lr in (tried[0]["lr"], tried[-1]["lr"]),
+                "trials": [{k: r[k] for k in ("lr", "held_out", "loss")} for r in tried],
+                "accuracy": interval(list(own.values())),
+                "of_seeds": own,
+                "over_sgd": interval([own[s] - scores["sgd"][s] for s in both]),
+                "within": bool(np.mean([own[s] - scores["sgd"][s] for s in both]) >= -MARGIN),
+            }
+        out[name] = rows
+    return out
+
+
+def table(found: dict[str, Any]) -> str:
+    """The README's table."""
+    lines = ["| set | method | learning rate | test accuracy | points over SGD, paired | within 1 point |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for name, rows in found.items():
+        for method, row in rows.items():
+            own, over = (
+                f"{e['mean']:{sign}.2f}" + (f" [{e['low']:{sign}.2f}, {e['high']:{sign}.2f}]" if "low" in e else "")
+                for e, sign in ((row["accuracy"], ""), (row["over_sgd"], "+"))
+            )
+            last = ["", ""] if method == "sgd" else [over, "yes" if row["within"] else "**no**"]
+            edge = " (edge)" if row["at_edge"] else ""
+            lines.append(f"| {name} | {TITLES[method]} | {row['lr']:g}{edge} | {own}% | {last[0]} | {last[1]} |")
+    return "\n".join(lines)
+
+
+def fill(readme: Path, words: str) -> None:
+    """Put the table where the README wants it."""
+    if readme.exists():
+        before, _, rest = readme.read_text("utf-8").partition(MARKS[0])
+        readme.write_text(f"{before}{MARKS[0]}\n\n{words}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}", "utf-8")
+
+
+CHECKED = {"majority_vote": MAJORITY_VOTE, "signum": SIGNUM, "vote, all-gather": Choices(communicator="all_gather"),
+           "ef_vote, all-gather": Choices(memory="error_feedback", scaled=True, communicator="all_gather"),
+           "ef_sign, all-gather": Choices(memory="error_feedback", scaled=True, communicator="all_gather",
+                                          aggregate="mean")}  # fmt: skip
+
+
+def _little(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def _little_loss(net: nn.Module, worker: int, step: int) -> Tensor:
+    rng = torch.Generator().manual_seed(100 * worker + step)
+    return nn.functional.cross_entropy(net(torch.randn(8, 20, generator=rng)), torch.arange(8) % 4)
+
+
+def check_worker(rank: int, folder: str) -> None:
+    """One of three real processes: ten steps with the real hook for each of CHECKED; rank 0 keeps the weights."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from trilobe.algorithms.parallel import State, compressed_hook
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3)
+    kept = {}
+    for name, choices in CHECKED.items():
+        model = DistributedDataParallel(_little())
+        model.register_comm_hook(State(choices).attach(model), compressed_hook)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+        for step in range(10):
+            optimizer.zero_grad()
+            _little_loss(model, rank, step).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        kept[name] = nn.utils.parameters_to_vector(model.module.parameters()).detach()
+    if rank == 0:
+        torch.save(kept, Path(folder) / "weights.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def check() -> dict[str, float]:
+    """The largest difference between weights after ten steps, of simulated workers and of three real processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-W", "ignore", __file__, "--child", "worker"]
+        real = [subprocess.Popen([*command, str(rank), folder], env=common.QUIET) for rank in range(3)]
+        if any(p.wait() for p in real):
+            raise SystemExit("a worker of the check failed")
+        kept = torch.load(Path(folder) / "weights.pt", weights_only=True)
+    out = {}
+    for name, choices in CHECKED.items():
+        net = _little()
+        optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+        exchange = simulate.Exchange(choices, 3, [p.numel() for p in net.parameters()])
+        for _ in simulate.steps(net, _little_loss, optimizer, exchange, 3, 10):
+            pass
+        out[name] = float((nn.utils.parameters_to_vector(net.parameters()).detach() - kept[name]).abs().max())
+    return out
+
+
+def main() -> None:
+    chosen = common.arguments(__doc__)
+    torch.set_num_threads(1)
+    if chosen.child and chosen.child[0] == "worker":
+        check_worker(int(chosen.child[1]), chosen.child[2])
+        return
+    common.needed(*SETS.values())
+    same = check()
+    print("simulation against the real hook, largest difference:", same, file=sys.stderr, flush=True)
+    if chosen.child == ["check"]:
+        return
+    runs = Runs(chosen.quick)
+    if chosen.child != ["report"]:
+        everything(runs)
+    found = figures(runs)
+    out = {
+        "claim": "accuracy after equal epochs within 1 point of tuned SGD",
+        "command": "python benchmarks/train-accuracy/run.py",
+        "figures": found,
+        "simulation_against_hook": same,
+        "ratio": {name: {m: r["over_sgd"]["mean"] for m, r in rows.items()} for name, rows in found.items()},
+        "met": {name: {m: r["within"] for m, r in rows.items() if m != "sgd"} for name, rows in found.items()},
+        "peers": "SGD with momentum, tuned alike, its gradients in float32 by plain mean",
+        "setting": {"workers": WORKERS, "batch": BATCH, "train": TRAIN, "epochs": EPOCHS, "width": WIDTH, "test": TEST},
+        "versions": common.versions("numpy", "torch"),
+    }
+    common.keep(__file__, out, chosen)
+    print(table(found))
+    if not chosen.quick:
+        fill(HERE / "README.md", table(found))
+
+
+if __name__ == "__main__":
+    main()
