@@ -55,8 +55,8 @@ def set_rate(rate: str, burst: str) -> None:
 
 
 def run(script: str, workers: int, words: Sequence[str], timeout: float = 400) -> Any:
-    """What worker 0 of ``script --child RANK WORKERS FOLDER words...`` writes to FOLDER/seen.json; namespaces up before,
-    and down again whatever happened."""
+    """What worker 0 of ``script --child RANK WORKERS FOLDER words...`` writes to FOLDER/seen.json; namespaces up
+    before, and down again whatever happened."""
     names = [f"trilobe{os.getpid()}n{i}" for i in range(workers + 1)]
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
     with tempfile.TemporaryDirectory() as folder:

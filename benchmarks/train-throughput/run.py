@@ -19,7 +19,7 @@ from common import arguments, keep, needed, versions  # type: ignore[import-not-
 
 HERE = Path(__file__).parent
 PARTS = {  # name: what workers do, and how many of them; the last needs the learning rates of another
-    "scales 4": ("scales", 4),
+    "scales 2": ("scales", 2),
     "tune 2": ("tune", 2),
     "tune 4": ("tune", 4),
     "steps 2": ("steps", 2),

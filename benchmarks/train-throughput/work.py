@@ -1,4 +1,4 @@
-"""What one worker of the throughput benchmark does: the hooks, the networks, a step timed, a training run to a target."""
+"""What one worker of the throughput benchmark does: hooks and networks, a step timed, a training run to a target."""
 
 import itertools
 import math
@@ -33,8 +33,8 @@ OURS = {
 HOOKS = (*PEERS, *OURS)
 BARE = ("majority_vote", "vote_ties_zero", "signum")  # answer with signs: plain SGD, small learning rates
 SIZES = (784, 1024, 300, 10)  # 1,114,350 parameters
-BATCH, TARGET, EVERY, LONGEST = 32, 0.5, 10, 300
-RATES_OF_LEARNING = {True: (3e-4, 6e-4, 1.2e-3, 2.4e-3, 5e-3), False: (0.006, 0.0125, 0.025, 0.05, 0.1)}
+BATCH, TARGET, EVERY, LONGEST = 32, 0.6, 10, 200
+RATES_OF_LEARNING = {True: (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3), False: (0.003, 0.006, 0.0125, 0.025, 0.05)}
 
 
 def perceptron(sizes: tuple[int, ...] = SIZES) -> torch.nn.Sequential:
@@ -51,7 +51,7 @@ def convolutions() -> torch.nn.Sequential:
 
 
 def wrapped(net: torch.nn.Module, name: str, choices: Choices | None = None, **more: Any) -> DistributedDataParallel:
-    """``net`` under DDP with a hook; in one bucket, since PowerSGD hangs with several on gloo, unless ``cap`` says so."""
+    """``net`` under DDP with a hook; in one bucket, since PowerSGD hangs with several on gloo, unless told ``cap``."""
     cap = more.get("cap", 100)
     dist._DEFAULT_FIRST_BUCKET_BYTES = int(cap * (1 << 20))  # one megabyte otherwise, whatever the cap
     model = DistributedDataParallel(net, bucket_cap_mb=cap)
@@ -240,7 +240,7 @@ def scales(rank: int, quick: bool) -> dict[str, Any]:
             found, _ = losses(model, lr, 0.9, seed, rank, length, -1.0)
             return found[-1], statistics.fmean(found[-3:])
 
-        tried = {str(lr): end(lr, 0)[1] for lr in ((0.02,) if quick else (0.0025, 0.005, 0.01, 0.02, 0.04))}
+        tried = {str(lr): end(lr, 0)[1] for lr in ((0.02,) if quick else (0.0025, 0.007, 0.02, 0.05))}
         best = min(tried, key=lambda k: tried[k])
         more = [] if quick else [end(float(best), seed)[1] for seed in (1, 2)]
         seen[f"{name} {per}".strip()] = {"tried": tried, "lr": float(best), "loss": [tried[best], *more]}

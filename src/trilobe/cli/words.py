@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import textwrap
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -202,6 +203,19 @@ def _delivered(r: Any) -> str:
     return text + ("\nnext: trilobe label" if r.waiting else "")
 
 
+def _granted(found: Any) -> str:
+    if isinstance(found, str):
+        return found
+    day = "%Y-%m-%d %H:%M"
+    rows = [
+        [g.id, g.client, ", ".join(g.scopes), ", ".join(g.models) or "all", g.max_pending or "any",
+         time.strftime(day, time.localtime(g.created_at)),
+         time.strftime(day, time.localtime(g.expires)) if g.expires else "never"]
+        for g in found
+    ]  # fmt: skip
+    return table(["id", "client", "may", "models", "at once", "since", "until"], rows) if rows else "nobody has a token"
+
+
 def _window(w: Any) -> str:
     return f"{w.verdict}: {w.message}" + "".join(f"\n  finding {f.id} ({f.kind}): {f.message}" for f in w.findings)
 
@@ -237,7 +251,7 @@ def _planned(r: Any) -> str:
 
 _WORDS: dict[str, Callable[[Any], str]] = {
     "add": _added, "query": _questions, "label": _labeled, "aggregate": _aggregated, "train": _model,
-    "evaluate": _evidence, "check": _evidence, "package": _bundle, "serve": _endpoint, "monitor": _window,
-    "deliver": _delivered, "explain": _explained, "plan": _planned, "run": _ran,
+    "evaluate": _evidence, "check": _evidence, "package": _bundle, "serve": _endpoint, "token": _granted,
+    "monitor": _window, "deliver": _delivered, "explain": _explained, "plan": _planned, "run": _ran,
     "demo": lambda told: str(told["report"]), "export": lambda to: "" if to == "-" else str(to),
 }  # fmt: skip

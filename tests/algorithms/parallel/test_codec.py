@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from trilobe.algorithms.parallel.codec import majority, pack, pack_by_torch, packed_size, unpack, unpack_by_torch
+from trilobe.algorithms.parallel.codec import (
+    at_least,
+    majority,
+    pack,
+    pack_by_torch,
+    packed_size,
+    unpack,
+    unpack_by_torch,
+)
 from trilobe.errors import UsageError
 
 vectors = arrays(np.float32, st.integers(1, 200), elements=st.floats(-10, 10, width=32))
@@ -36,6 +44,20 @@ def test_majority_is_what_counting_gives(half: int, seed: int) -> None:
     wanted = np.packbits(bits.sum(axis=0) > half).view(np.int64)
     assert (majority(list(words)) == wanted).all()
     assert (majority(list(torch.from_numpy(words))).numpy() == wanted).all()
+
+
+@given(st.integers(1, 17), st.data())
+def test_any_threshold_is_what_counting_gives(voters: int, more: st.DataObject) -> None:
+    threshold, seed = more.draw(st.integers(1, voters)), more.draw(st.integers(0, 2**32))
+    bits = np.random.default_rng(seed).integers(0, 2, (voters, 192), dtype=np.uint8)
+    wanted = np.packbits(bits.sum(axis=0) >= threshold).view(np.int64)
+    assert (at_least(list(np.packbits(bits, axis=1).view(np.int64)), threshold) == wanted).all()
+
+
+@pytest.mark.parametrize("threshold", [0, 3])
+def test_a_threshold_that_cannot_be_is_refused(threshold: int) -> None:
+    with pytest.raises(UsageError, match="of 2 votes"):
+        at_least([np.zeros(1, np.int64)] * 2, threshold)
 
 
 def test_an_even_number_of_votes_is_refused() -> None:

@@ -5,6 +5,7 @@ import copy
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from trilobe.algorithms import parallel
-from trilobe.algorithms.parallel import Choices, State, compressed_hook, exchange, majority_vote_hook
+from trilobe.algorithms.parallel import Choices, State, compressed_hook, exchange, hook, majority_vote_hook
+from trilobe.algorithms.parallel.planner import traffic
 from trilobe.errors import TrilobeError, UsageError
 
 WORLD = 5
@@ -45,6 +47,48 @@ def votes(rank: int, groups: dict[int, Group]) -> dict[str, Any]:
                     x = gradient(rank, n)
                     exchange(State(Choices(communicator=communicator), group), x, [torch.empty(n)])
                     seen[world, communicator, n] = x
+                    state = State(Choices(communicator=communicator, ties="zero"), group)
+                    x = gradient(rank, n)
+                    exchange(state, x, [torch.empty(n)])
+                    seen[world, communicator, n, "ties"] = x, state.meter.sent
+    return seen
+
+
+def scales(rank: int, groups: dict[int, Group]) -> dict[str, Any]:
+    """Three parameters whose gradients differ a thousandfold, cut across chunks; the outcome of one exchange."""
+    pieces, seen = (130, 300, 7), {}
+    parameters = [torch.empty(n) for n in pieces]
+    for name in ("ef_sign", "ef_vote"):
+        x = torch.cat([f * gradient(rank, n) for f, n in zip((1.0, 1000.0, 0.001), pieces, strict=True)])
+        exchange(State(parallel.PRESETS[name]), x, parameters)
+        seen[name] = x.split(pieces)
+    return seen
+
+
+def overlaps(rank: int, groups: dict[int, Group]) -> dict[str, Any]:
+    """Several buckets with and without exchanging beside backward: where they end, and which thread exchanged what."""
+    seen: dict[str, Any] = {}
+    for name in ("signum", "ef_sign", "stochastic_vote"):
+        for overlap in (True, False):
+            net, state = network(), State(parallel.PRESETS[name], overlap=overlap)
+            model = wrapped(net, None)
+            model.register_comm_hook(state, compressed_hook)
+            train(model, rank, range(6), lr=0.01)
+            seen[name, overlap] = [p.detach().clone() for p in net.parameters()], state.step
+    threads: list[tuple[int, str]] = []
+    plain = hook._exchange
+
+    def watched(call: Any) -> None:
+        threads.append((call.index, threading.current_thread().name))
+        plain(call)
+
+    hook._exchange = watched
+    model = wrapped(network(), None)
+    state = State().attach(model)
+    model.register_comm_hook(state, majority_vote_hook)
+    train(model, rank, range(3), lr=0.01)
+    hook._exchange = plain
+    seen["threads"] = threads
     return seen
 
 
@@ -167,6 +211,21 @@ def oddities(rank: int, groups: dict[int, Group]) -> dict[str, Any]:
         bad = loss_of(model, rank, 9)
     seen["nan"] = caught(bad.backward)
 
+    for name, number in (
+        ("signum", "inf"),
+        ("ef_sign", "nan"),
+        ("qsgd", "-inf"),
+        ("ef_top_k", "nan"),
+        ("plain", "inf"),
+    ):
+        for layer in (0, 3):  # in the last bucket, and in one that is exchanged beside backward
+            model = wrapped(network(), None)
+            model.register_comm_hook(State(parallel.PRESETS[name]).attach(model), compressed_hook)
+            train(model, rank, range(2), lr=0.001)
+            if rank == 3:
+                model.module[layer].weight.register_hook(lambda g, number=number: g * float(number))
+            seen["broken", name, layer] = caught(loss_of(model, rank, 9).backward)
+
     model = wrapped(network(), None)
     state = State(parallel.SIGNUM).attach(model)
     layouts: list[tuple[int, tuple[str, ...]]] = []
@@ -210,13 +269,20 @@ def oddities(rank: int, groups: dict[int, Group]) -> dict[str, Any]:
         train(model, rank, range(2 * rank), lr=0.01)
     seen["joined"] = [p.detach().clone() for p in model.parameters()]
 
-    model = wrapped(torch.nn.Embedding(5, 3, sparse=True), None)
-    model.register_comm_hook(State(), majority_vote_hook)
-    seen["sparse"] = caught(lambda: model(torch.tensor([1])).sum().backward())
+    for name, choices in parallel.PRESETS.items():
+        model = wrapped(torch.nn.Embedding(5, 3, sparse=True), None)
+        model.register_comm_hook(State(choices), compressed_hook)
+        seen["sparse", name] = caught(lambda model=model: model(torch.tensor([1])).sum().backward())
+        model = wrapped(network(), groups[1]) if rank == 0 else None  # a world of one, several buckets
+        if model is not None:
+            model.register_comm_hook(State(choices, groups[1]).attach(model), compressed_hook)
+            seen["alone", name] = train(
+                model, rank, range(40), lr=0.02 if choices.scaled or choices.aggregate == "mean" else 0.004
+            )
     return seen
 
 
-SCENARIOS = {f.__name__: f for f in (votes, zeros, feedback, lies, resumed, oddities)}
+SCENARIOS = {f.__name__: f for f in (votes, scales, overlaps, zeros, feedback, lies, resumed, oddities)}
 
 
 def worker(rank: int, folder: str) -> None:
@@ -252,6 +318,46 @@ def test_the_vote_is_what_counting_gives(seen: Any, world: int, communicator: st
     wanted = torch.where(signs.sum(dim=0) == 0, tie, signs.sum(dim=0).sign())
     for rank in range(world):
         assert torch.equal(seen["votes"][rank][world, communicator, n], wanted)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("world", range(1, WORLD + 1))
+@pytest.mark.parametrize("communicator", ["two_phase", "all_gather"])
+def test_ties_become_zero_where_asked(seen: Any, world: int, communicator: str, n: int) -> None:
+    wanted = torch.stack([gradient(rank, n).sign() for rank in range(world)]).sum(dim=0).sign()
+    choices = Choices(communicator=communicator, ties="zero")  # type: ignore[arg-type]
+    for rank in range(world):
+        got, sent = seen["votes"][rank][world, communicator, n, "ties"]
+        assert torch.equal(got, wanted)
+        assert sent == traffic(choices, n, world)[0]
+
+
+@pytest.mark.parametrize("name", ["ef_sign", "ef_vote"])
+def test_every_parameter_has_its_own_scale(seen: Any, name: str) -> None:
+    for one in seen["scales"]:
+        sizes = [piece.abs().mean() for piece in one[name]]
+        assert 300 < sizes[1] / sizes[0] < 3000
+        assert 300 < sizes[0] / sizes[2] < 30000  # seven numbers, and the scale is one of a few
+
+
+@pytest.mark.parametrize("name", ["signum", "ef_sign", "stochastic_vote"])
+def test_exchanging_beside_backward_changes_no_number(seen: Any, name: str) -> None:
+    for one in seen["overlaps"]:
+        (beside, steps), (after, same) = one[name, True], one[name, False]
+        assert steps == same == 6
+        assert all(map(torch.equal, beside, after))
+        assert all(map(torch.equal, beside, seen["overlaps"][0][name, True][0]))
+
+
+def test_all_buckets_but_the_last_are_exchanged_beside_backward(seen: Any) -> None:
+    for one in seen["overlaps"]:
+        threads = one["threads"]
+        assert threads == seen["overlaps"][0]["threads"]  # the same order everywhere
+        last = max(index for index, _ in threads)
+        third = threads[-(last + 1) :]  # the third step
+        assert last > 0
+        assert [index for index, _ in third] == list(range(last + 1))
+        assert [name == "trilobe-exchange" for _, name in third] == [True] * last + [False]
 
 
 def test_zeros_move_nothing_away(seen: Any) -> None:
@@ -307,6 +413,20 @@ def test_a_gradient_that_is_not_finite_stops_every_worker_and_names_the_paramete
         assert "step 2" in one["nan"]
 
 
+@pytest.mark.parametrize("layer", [0, 3])
+@pytest.mark.parametrize("name", ["signum", "ef_sign", "qsgd", "ef_top_k", "plain"])
+def test_every_hook_names_what_is_not_finite(seen: Any, name: str, layer: int) -> None:
+    whose = "" if name == "plain" else " of worker 3"  # a sum does not tell
+    for one in seen["oddities"]:
+        assert one["broken", name, layer].startswith(f"TrainingError: the gradient{whose} in '{layer}.weight' is not")
+
+
+@pytest.mark.parametrize("name", parallel.PRESETS)
+def test_a_world_of_one_trains(seen: Any, name: str) -> None:
+    losses = seen["oddities"][0]["alone", name]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
 def test_buckets_are_several_and_rearranged_and_memory_survives(seen: Any) -> None:
     layouts = seen["oddities"][0]["layouts"]
     first, second, third = ([names for step, names in layouts if step == i] for i in range(3))
@@ -345,7 +465,8 @@ def test_workers_may_run_out_of_data(seen: Any) -> None:
 
 
 def test_sparse_gradients_are_refused(seen: Any) -> None:
-    assert all(one["sparse"].startswith("UsageError: a sparse gradient") for one in seen["oddities"])
+    for one in seen["oddities"]:
+        assert all(one["sparse", name].startswith("UsageError: a sparse gradient") for name in parallel.PRESETS)
 
 
 @pytest.mark.parametrize(
@@ -358,6 +479,9 @@ def test_sparse_gradients_are_refused(seen: Any) -> None:
         {"communicator": "all_reduce"},
         {"beta": 2.0},
         {"levels": 0},
+        {"ties": "draw"},
+        {"scale_per": "layer"},
+        {"compressor": "quantize", "aggregate": "mean", "ties": "zero"},
     ],
     ids=str,
 )
@@ -375,6 +499,12 @@ def test_a_saved_state_must_fit() -> None:
     saved = here.state_dict() | {"worker": {"0.weight": torch.zeros(3)}}
     with pytest.raises(TrilobeError, match=r"'0.weight' has 3 numbers, the model 600"):
         here.load_state_dict(saved)
+
+
+def test_a_state_saved_before_a_choice_existed_is_read_as_its_default() -> None:
+    saved = State(parallel.EF_SIGN).attach(network()).state_dict()
+    del saved["choices"]["scale_per"], saved["choices"]["ties"]
+    State(parallel.EF_SIGN).attach(network()).load_state_dict(saved)
 
 
 def test_only_votes_go_by_that_name() -> None:

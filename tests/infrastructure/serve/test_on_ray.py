@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.lines import line, load
 
+from support.lines import line, load
 from trilobe.errors import ServeError
 from trilobe.infrastructure.client import Client
 from trilobe.infrastructure.endpoint import Wish

@@ -25,7 +25,7 @@ class Plan:
     Args:
         steps, epochs, batch_size: how long, and how many examples at once.
         lr: the largest learning rate; ``"auto"`` finds it by a range test (see :func:`~trilobe.algorithms.fit.settle`).
-        weight_decay: decoupled; for ``sgd`` that of :class:`torch.optim.SGD`.
+        weight_decay: decoupled; for ``sgd`` that of ``torch.optim.SGD``.
         bootstrap: see :func:`~trilobe.algorithms.fit.belief_loss`.
         seed: of the order, of augmentation and of what the network draws.
         optimizer: ``adamw`` (Loshchilov and Hutter 2019), ``sgd`` (with momentum 0.9), or one of
@@ -37,7 +37,7 @@ class Plan:
         precision: ``bfloat16`` computes the network in half precision (torch.autocast), ``auto`` where that is faster
             (measured, see :func:`~trilobe.algorithms.fit.settle`).
         deterministic: only operations that repeat to the bit, on one thread, however many cores there are.
-        hook: how several workers exchange gradients, a name in :data:`trilobe.algorithms.parallel.PRESETS`.
+        hook: how several workers exchange gradients, a name in ``trilobe.algorithms.parallel.PRESETS``.
         restarts: how often training goes on from the last checkpoint after a worker was lost. It changes no result.
 
     >>> Plan(steps=10, epochs=3, batch_size=4).total_steps(9)

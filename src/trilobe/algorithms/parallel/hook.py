@@ -99,6 +99,8 @@ class Choices:
         signs = self.compressor in SIGNS
         if self.aggregate == "vote" and not signs:
             raise UsageError(f"a vote on {self.compressor!r}", expected="signs", hint='aggregate="mean"')
+        if self.ties == "zero" and self.aggregate != "vote":
+            raise UsageError("ties without a vote", expected='aggregate="vote"')
         if self.memory == "error_feedback" and signs and not self.scaled:
             raise UsageError(
                 "error feedback on signs without a scale", expected="what is sent to be near it", hint="scaled=True"

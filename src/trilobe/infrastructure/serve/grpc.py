@@ -327,18 +327,21 @@ class _Front:
         client.require("infer", name)
         chosen = server.choose(name, request.model_version)
         if request.ByteSize() > LARGE:
-            call = await asyncio.to_thread(read_call, request, chosen.reader, remaining)
+            loop = asyncio.get_running_loop()
+            call = await loop.run_in_executor(server.readers, read_call, request, chosen.reader, remaining)
         else:
             call = read_call(request, chosen.reader, remaining)
 
         def finish(result: "Result") -> Any:
             return write_answer(call, result.outputs, result.version.writer, result.parameters)
 
-        answer = server.infer(name, chosen, call, finish, time.perf_counter_ns() - start)
-        if client.limited:
-            client.enter()
-            answer.add_done_callback(lambda _: client.leave())
-        return await answer
+        if not client.limited:
+            return await server.infer(name, chosen, call, finish, time.perf_counter_ns() - start)
+        client.enter()
+        try:
+            return await server.infer(name, chosen, call, finish, time.perf_counter_ns() - start)
+        finally:
+            client.leave()
 
     async def tell(self, name: str, request: Any, context: Any) -> Any:
         """Every other method: the same question over HTTP, its answer retold."""

@@ -34,7 +34,8 @@ class Limits:
     ``head`` and ``body`` are how long a client may take to send its headers, and its body (plus one second for each
     64 KiB of it that has arrived); ``idle`` how long a connection may rest between requests; ``write`` how long it may
     refuse to read (plus one second for each 64 KiB that wait for it). ``max_held`` bounds the bodies of all clients
-    together that have arrived in part, ``max_ahead`` the requests of one client that wait for their turn.
+    together, large ones (over 64 KiB) until they are answered, ``max_ahead`` the requests of one client that wait for
+    their turn.
     """
 
     max_body: int = 16 * 1024 * 1024
@@ -75,6 +76,7 @@ class Request:
 
 Handler = Callable[[Request], "Reply | asyncio.Future[Reply]"]
 _KEEP, _SAY_KEEP, _CLOSE = b"", b"connection: keep-alive\r\n", b"connection: close\r\n"  # the end of a reply's head
+_LARGE = 65536
 _RATE = 65536  # bytes a second below which a client counts as slow
 
 
@@ -116,7 +118,7 @@ class HttpServer:
         self.handler, self.limits, self.explain = handler, limits or Limits(), explain or _internal
         self.connections: set[_Connection] = set()
         self.stopping = False
-        self.held = 0  # bytes of bodies that have arrived in part
+        self.held = 0  # bytes of bodies that arrive, and of large ones that are not answered
         self.responses: dict[int, int] = {}  # how many were sent, by status
         self._servers: list[asyncio.Server] = []
         self._sweep: asyncio.Task[None] | None = None
@@ -190,7 +192,7 @@ class _Connection(asyncio.Protocol):
         self.busy = self.closing = self.discarding = self.paused = False
         self.ahead: deque[tuple[Request, bytes]] = deque()
         self.refusal: tuple[int, str] | None = None  # what is said once all that came before it is answered
-        self.held = 0
+        self.held = self.owed = self.answering = 0  # bytes counted; of large bodies not answered; of the one under way
         self.peer = ""
         self._fresh()
 
@@ -217,8 +219,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.server.connections.discard(self)
-        self.server.held -= self.held
-        self.held = 0
+        self._release()
         self.ahead.clear()
         self.closing = True
         if self.under_way is not None:  # nobody waits for it any more
@@ -232,7 +233,7 @@ class _Connection(asyncio.Protocol):
             if not self.busy:
                 self.deadline = time.monotonic() + self.limits.head
         self._parse(data)
-        if self.body_bytes != self.held:
+        if self.body_bytes + self.owed != self.held:
             self._hold()
         if self.ahead:
             if not self.busy and not self.paused:
@@ -242,10 +243,11 @@ class _Connection(asyncio.Protocol):
 
     def _parse(self, data: bytes) -> None:
         self.received += len(data)
+        head_ends = -1
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
-            self._parse(self._declined() + data[offer.args[0] :])
+            head_ends = offer.args[0]
         except httptools.HttpParserCallbackError as error:
             cause = error.__context__
             if isinstance(cause, _Refuse):
@@ -258,6 +260,8 @@ class _Connection(asyncio.Protocol):
         else:
             if self.received > self.limits.max_head:
                 self._check_overhead()
+        if head_ends >= 0:  # not where it was caught: the causes of later errors would be lost
+            self._parse(self._declined() + data[head_ends:])
 
     def _declined(self) -> bytes:
         """The head of a request that offers another protocol, without the offer: it may be ignored (RFC 9110, 7.8)."""
@@ -279,10 +283,16 @@ class _Connection(asyncio.Protocol):
             self._refuse(400, "more bytes around the body than in it; expected larger chunks")
 
     def _hold(self) -> None:
-        self.server.held += self.body_bytes - self.held
-        self.held = self.body_bytes
+        held = self.body_bytes + self.owed
+        self.server.held += held - self.held
+        self.held = held
         if self.server.held > self.limits.max_held:
-            self._refuse(503, "too many bytes of other requests are arriving; try again")
+            self._refuse(503, "too many bytes of other requests are held; try again")
+
+    def _release(self) -> None:
+        self.server.held -= self.held
+        self.held = self.owed = self.answering = self.body_bytes = 0
+        self.body = b""
 
     def eof_received(self) -> bool:
         # Whoever closes its side has left, as for Go and nginx: of a client that hangs up nothing else can be seen.
@@ -381,6 +391,8 @@ class _Connection(asyncio.Protocol):
             end = _SAY_KEEP if "connection" in self.headers else _KEEP  # HTTP/1.0 wants to be told
         else:
             end = _CLOSE
+        if self.body_bytes > _LARGE:
+            self.owed += self.body_bytes
         self._fresh()
         self.ahead.append((request, end))
 
@@ -388,6 +400,7 @@ class _Connection(asyncio.Protocol):
 
     def _start(self, request: Request, end: bytes) -> None:
         self.busy, self.deadline = True, float("inf")
+        self.answering = len(request.body) if self.owed and len(request.body) > _LARGE else 0
         try:
             reply = self.server.handler(request)
         except Exception as error:  # noqa: BLE001 (explain makes a reply of it, and logs what is ours)
@@ -423,6 +436,10 @@ class _Connection(asyncio.Protocol):
         sent = self.server.responses
         sent[reply[0]] = sent.get(reply[0], 0) + 1
         self.busy = False
+        if self.answering:
+            self.owed -= self.answering
+            self.held -= self.answering
+            self.server.held -= self.answering
         if end is _CLOSE:
             self._close()
         elif self.ahead:
@@ -463,10 +480,11 @@ class _Connection(asyncio.Protocol):
         if self.refusal is None:
             return
         self.discarding = True
-        self.body = b""
+        self._release()
         status, problem = self.refusal
         reply = json_reply(status, {"error": problem})
         self.transport.write(_head(reply, _CLOSE) + reply[2])
+        self.server.responses[status] = self.server.responses.get(status, 0) + 1
         if self.transport.can_write_eof():
             self.transport.write_eof()
             self.transport.resume_reading()

@@ -210,7 +210,7 @@ async def _serve(
         settings.flows,
         settings.batching,
         Meters(job.folder / "metrics", worker),
-        Gate(job.folder, is_loopback(job.host)),
+        Gate(job.folder, is_loopback(job.host) and not settings.open),
         threads,
     )
     server.traces, server.access = open_traces(), access_log(settings.log_share)

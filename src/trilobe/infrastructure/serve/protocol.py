@@ -26,6 +26,7 @@ from trilobe.errors import DataError
 from trilobe.infrastructure.pipeline import Arrays, TensorSpec, pack, unpack
 
 HEADER_LENGTH = "inference-header-content-length"
+MAX_STRINGS = 1 << 17  # in one tensor: empty ones take four bytes of a body each, and a hundred as objects
 COMPRESS_FROM = 1024  # bytes: below, an answer fits one packet anyway
 Scalar = str | bool | int | float
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -182,6 +183,8 @@ class Slot:
                 f"{self.name!r} has the binary_data_size {say(size)} with {len(data) - start} bytes left in the body",
                 expected=f"{expected} bytes for {list(shape)} {self.spec.datatype}",
             )
+        if self.kind == "O" and math.prod(shape) > MAX_STRINGS:
+            raise DataError(f"{self.name!r} holds {math.prod(shape)} strings", expected=f"at most {MAX_STRINGS}")
         if self.kind in "Ob":
             try:
                 return unpack(memoryview(data)[start : start + size], self.dtype, shape)

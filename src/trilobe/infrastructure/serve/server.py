@@ -113,6 +113,8 @@ class Server:
         self.repository = Repository(load, self.scheduler, self.meters, batching, watch, flows, self._threshold)
         self.control: Control | None = None
         self._diary = ThreadPoolExecutor(1, thread_name_prefix="captures")
+        # Two at a time: as Python objects a body may take twenty-five times its size for a moment.
+        self.readers = ThreadPoolExecutor(2, thread_name_prefix="reading")
 
     async def apply(self, wishes: Mapping[str, Wish]) -> None:
         """Make what is served agree with ``wishes``; see :meth:`Repository.apply`."""
@@ -121,6 +123,7 @@ class Server:
     def close(self) -> None:
         """Make the captures durable and end the threads; nothing may be under way any more."""
         self.scheduler.close()
+        self.readers.shutdown(wait=False)
         self._diary.shutdown(wait=True)
         if self.captures is not None:
             self.captures.close()
@@ -371,7 +374,7 @@ class Server:
             body = decompress(request.body, request.headers.get("content-encoding", "").strip().lower(), self.max_body)
             return chosen.reader.parse(body, request.headers)
 
-        call = await asyncio.to_thread(read)
+        call = await self.scheduler.loop.run_in_executor(self.readers, read)
         return await self._submit(model, chosen, request, client, call, start, trace)
 
     def _submit(
@@ -401,7 +404,7 @@ class Server:
             client.enter()
         try:
             answer = self._answer(model, chosen, call, finish, time.perf_counter_ns() - start, trace)
-        except Refused:
+        except BaseException:
             if client.limited:
                 client.leave()
             raise
@@ -411,7 +414,7 @@ class Server:
 
     def _administer(self, parts: list[str], request: Request, client: Client) -> "Reply | asyncio.Future[Reply]":
         allow(request, "POST")
-        client.require("admin")
+        client.require("admin", parts[1] if parts[:1] == ["models"] and len(parts) > 1 else "")
         match parts:
             case ["index"]:
                 try:
