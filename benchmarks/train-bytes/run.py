@@ -9,55 +9,23 @@ what each worker sends. Needs Linux and root.
 
 import itertools
 import json
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import namespaces  # type: ignore[import-not-found]
 from common import arguments, keep, versions  # type: ignore[import-not-found]
+from namespaces import counted, set_rate  # type: ignore[import-not-found]
+
+HERE = Path(__file__).parent
 
 RATES = {"100 Mbit/s": ("100mbit", "64kb"), "1 Gbit/s": ("1gbit", "512kb"), "unshaped": ("", "")}
 PEERS = ("ddp_fp32", "ddp_fp16", "ddp_power_sgd_1")
 OURS = ("majority_vote", "signum", "ef_vote", "ef_sign", "stochastic_vote", "qsgd", "ef_top_k", "all_gather_vote")
+GROWTH_STEPS = 5
 SIZES = (3072, 340, 200, 10)  # 1,115,030 parameters, and little to compute at a batch of 2
-
-
-def shell(*words: str) -> None:
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-
-
-def make_namespaces(names: list[str]) -> None:
-    """The first is the hub with a bridge; the others are workers 10.77.0.1, 10.77.0.2, ..."""
-    hub = names[0]
-    for name in names:
-        shell("ip", "netns", "add", name)
-        shell("ip", "-n", name, "link", "set", "lo", "up")
-    shell("ip", "-n", hub, "link", "add", "bridge", "type", "bridge")
-    shell("ip", "-n", hub, "link", "set", "bridge", "up")
-    for i, name in enumerate(names[1:], start=1):
-        shell("ip", "-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", f"port{i}", "netns", hub)
-        shell("ip", "-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", "eth0")
-        shell("ip", "-n", name, "link", "set", "eth0", "up")
-        shell("ip", "-n", hub, "link", "set", f"port{i}", "master", "bridge", "up")
-
-
-def counted() -> tuple[int, int]:
-    """Bytes received and sent at eth0 of this process's namespace."""
-    line = next(x for x in Path("/proc/net/dev").read_text().splitlines() if x.strip().startswith("eth0:"))
-    fields = line.split(":")[1].split()
-    return int(fields[0]), int(fields[8])
-
-
-def set_rate(rate: str, burst: str) -> None:
-    if rate:
-        shell("tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", rate, "burst", burst, "latency", "300ms")
-    else:
-        subprocess.run(["tc", "qdisc", "del", "dev", "eth0", "root"], check=False, stderr=subprocess.DEVNULL)
 
 
 def wrapped(hook: str) -> Any:
@@ -142,13 +110,10 @@ def predict(workers: int) -> dict[str, Any]:
     }
 
 
-def child(rank: int, workers: int, folder: str, quick: bool) -> None:
-    """All rates and hooks, as one worker; worker 0 writes what it saw."""
-    import torch
+def everything(workers: int, quick: bool) -> dict[str, Any]:
+    """All rates and hooks."""
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
     seen: dict[str, Any] = {}
     for name, (rate, burst) in RATES.items():
         set_rate(rate, burst)
@@ -157,37 +122,46 @@ def child(rank: int, workers: int, folder: str, quick: bool) -> None:
         for hook in (*PEERS, *OURS):
             steps = 6 if quick or (rate == "100mbit" and hook in PEERS[:2]) else 20
             seen[name][hook] = measure(hook, steps)
+    return seen
+
+
+def child(rank: int, workers: int, folder: str, what: str) -> None:
+    """All rates and hooks, or the growth alone, as one worker; worker 0 writes what it saw."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
+    seen = gather_or_split(rank, workers) if what == "growth" else everything(workers, what == "quick")
     if rank == 0:
         Path(folder, "seen.json").write_text(json.dumps(seen))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run(workers: int, quick: bool) -> dict[str, Any]:
-    """Namespaces up, workers through all rates and hooks, namespaces down again whatever happened."""
-    names = [f"trilobe{os.getpid()}n{i}" for i in range(workers + 1)]
-    quiet = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
-    with tempfile.TemporaryDirectory() as folder:
-        processes: list[subprocess.Popen[bytes]] = []
-        try:
-            make_namespaces(names)
-            for rank, name in enumerate(names[1:]):
-                words = [sys.executable, __file__, "--child", str(rank), str(workers), folder, "quick" * quick]
-                processes.append(subprocess.Popen(["ip", "netns", "exec", name, *words], env=quiet))
-            for process in processes:
-                if process.wait(timeout=400):
-                    raise SystemExit(f"a worker ended with {process.returncode}")
-            seen: dict[str, Any] = json.loads(Path(folder, "seen.json").read_text())
-            return seen
-        finally:
-            for process in processes:
-                process.kill()
-            for name in names:
-                subprocess.run(["ip", "netns", "del", name], check=False)
+def gather_or_split(rank: int, workers: int) -> dict[str, float]:
+    """kB received for one exchange by each communicator, counted; no training, so that 16 fit on a small machine."""
+    import torch
+    import torch.distributed as dist
+
+    from trilobe.algorithms.parallel import PLAIN, Choices, State, exchange
+
+    n, seen = sum((a + 1) * b for a, b in itertools.pairwise(SIZES)), {}
+    ways = {"all_gather": Choices(communicator="all_gather"), "two_phase": Choices(), "fp32": PLAIN}
+    for name, choices in ways.items():
+        state, x = State(choices), torch.randn(n)
+        exchange(state, x, [x])
+        dist.barrier()
+        before = counted()[0]
+        for _ in range(GROWTH_STEPS):
+            exchange(state, torch.randn(n), [x])
+        dist.barrier()
+        seen[name] = round((counted()[0] - before) / GROWTH_STEPS / 1e3, 1)
+    return seen
 
 
-def growth(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """kB that every worker receives in a step, gathering against two phases, computed and (where run) counted."""
+def growth() -> list[dict[str, Any]]:
+    """kB that every worker receives in a step, gathering against two phases, computed and counted, 2 to 16 workers."""
     from trilobe.algorithms.parallel import Choices
     from trilobe.algorithms.parallel.planner import traffic
 
@@ -195,25 +169,56 @@ def growth(measured: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for workers in (2, 4, 8, 16):
         row: dict[str, Any] = {"workers": workers}
-        for name, hook in (("all_gather", "all_gather_vote"), ("two_phase", "majority_vote")):
+        seen = namespaces.run(str(Path(__file__).resolve()), workers, ["growth"])
+        for name in ("all_gather", "two_phase"):
             choices = Choices(communicator=name)  # type: ignore[arg-type]
             row[f"{name}_kB"] = round(traffic(choices, n, workers)[0] / 1e3, 1)
-            if str(workers) in measured:
-                row[f"{name}_counted_kB"] = measured[str(workers)]["unshaped"][hook]["received_kB"]
-        rows.append(row)
+            row[f"{name}_counted_kB"] = seen[name]
+        rows.append(row | {"fp32_counted_kB": seen["fp32"]})
     return rows
+
+
+def chart(rows: list[dict[str, Any]]) -> str:
+    """What a worker receives over the number of workers, as SVG."""
+    top, width, tall = 2200, 460, 240
+    colors = {"all_gather": "#b4442e", "two_phase": "#1f6f8b"}
+    titles = {"all_gather": "all-gather", "two_phase": "two phases"}
+    parts = []
+    for kb in range(0, top, 500):
+        y = tall - 30 - (tall - 60) * kb / top
+        parts.append(f'<line x1="50" x2="360" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+        parts.append(f'<text x="44" y="{y + 4:.1f}" text-anchor="end">{kb:,}</text>')
+    for name, color in colors.items():
+        points = [
+            (50 + 310 * (r["workers"] - 2) / 14, tall - 30 - (tall - 60) * r[f"{name}_counted_kB"] / top) for r in rows
+        ]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in points]
+        parts.append(f'<text x="368" y="{points[-1][1] + 4:.1f}" fill="{color}">{titles[name]}</text>')
+    for r in rows:
+        x = 50 + 310 * (r["workers"] - 2) / 14
+        parts.append(f'<text x="{x:.1f}" y="{tall - 12}" text-anchor="middle">{r["workers"]}</text>')
+    parts.append(f'<text x="205" y="{tall}" text-anchor="middle">workers</text>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {tall + 6}" role="img" font-family="sans-serif" '
+        'font-size="12"><title>kB received in a step by each worker, counted, over the number of workers</title>'
+        f'<text x="0" y="14">kB received in a step</text>{"".join(parts)}</svg>\n'
+    )
 
 
 def main() -> None:
     chosen = arguments(__doc__)
     if chosen.child:
-        rank, workers, folder, *more = chosen.child
-        child(int(rank), int(workers), folder, "quick" in more)
+        rank, workers, folder, what = chosen.child
+        child(int(rank), int(workers), folder, what)
         return
-    if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc"))):
-        print("skipped: network namespaces need root, and ip and tc (Debian's iproute2)", file=sys.stderr)
+    if not namespaces.usable():
         return
-    measured = {str(n): run(n, chosen.quick) for n in ((2,) if chosen.quick else (2, 4))}
+    here = str(Path(__file__).resolve())
+    what = "quick" if chosen.quick else "whole"
+    measured = {str(n): namespaces.run(here, n, [what]) for n in ((2,) if chosen.quick else (2, 4))}
+    grown = [] if chosen.quick else growth()
     two = measured["2"]
     ratio = round(two["unshaped"]["ddp_fp32"]["sent_kB"] / two["unshaped"]["majority_vote"]["sent_kB"], 2)
     slow = two["100 Mbit/s"]
@@ -226,12 +231,14 @@ def main() -> None:
         "figures": {
             "speedup_100_mbit": round(slow["ddp_fp32"]["ms"] / slow["majority_vote"]["ms"], 2),
             "measured": measured,
-            "growth": growth(measured),
+            "growth": grown,
         },
         "versions": versions("torch", "numpy"),
     }
     print(json.dumps(result, indent=1))
     keep(__file__, result, chosen)
+    if grown and not chosen.to:
+        (HERE / "growth.svg").write_text(chart(grown), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -32,18 +32,28 @@ def measure(n: int, rounds: int) -> dict[str, float]:
     """All rates for ``n`` coordinates; a vote of k workers counts as k gradients."""
     import torch
 
-    from trilobe.algorithms.parallel.codec import majority, pack, pack_by_torch, packed_size, unpack, unpack_by_torch
+    from trilobe.algorithms.parallel.codec import (
+        majority,
+        pack,
+        pack_by_torch,
+        packed_size,
+        unpack,
+        unpack_by_torch,
+        unpack_each,
+    )
     from trilobe.algorithms.parallel.compressors import mean_absolute
 
     x, out, copy = torch.randn(n), torch.empty(n), torch.empty(n)
     bits = torch.empty(packed_size(n), dtype=torch.uint8)
     copy_bits, noise = torch.empty_like(bits), torch.randint(-(2**62), 2**62, (15, n // 64))
+    pieces = [n // 12] * 11 + [n - 11 * (n // 12)]  # bounds within bytes
     seen = rates(
         {
             "copy_into": lambda: copy.copy_(x),
             "clone": x.clone,
             "pack": lambda: pack(x, bits),
             "unpack": lambda: unpack(bits, n, 0.5, out),
+            "unpack_12_scales": lambda: unpack_each(bits, [0.5] * 12, pieces, out),
             "pack_torch_path": lambda: pack_by_torch(x),
             "unpack_torch_path": lambda: unpack_by_torch(bits, n),
             "mean_absolute": lambda: mean_absolute(x),
@@ -66,7 +76,7 @@ def main() -> None:
     torch.set_num_threads(1)
     seen = {name: measure(n, 5 if chosen.quick else 31) for name, n in SIZES.items()}
     shares = {
-        name: {k: round(s[k] / s["copy_into"], 2) for k in ("pack", "unpack", "vote_3", "vote_15")}
+        name: {k: round(s[k] / s["copy_into"], 2) for k in ("pack", "unpack", "unpack_12_scales", "vote_3", "vote_15")}
         for name, s in seen.items()
     }
     ratio = min(v for share in shares.values() for v in share.values())

@@ -103,7 +103,8 @@ def figures(runs: Sequence[Run], targets: dict[str, float], tuning: int) -> dict
               for by in ("median_steps", "median_seconds")}
         for opt in TITLES if all(opt in w["optimizers"] for w in works.values())
     }  # fmt: skip
-    return {"workloads": works, "scores": scores, "defaults": defaults(works)}
+    found = defaults(works)
+    return {"workloads": works, "scores": scores, "defaults": found, "tied": tied(works, found)}
 
 
 def ratio(work: dict[str, Any], opt: str, by: str) -> float:
@@ -123,6 +124,27 @@ def defaults(works: dict[str, Any]) -> dict[str, str]:
             places = {o: sum(works[n]["order"].index(o) for n in names) for o in both}
             out[task] = min(both, key=lambda o: (product[o], places[o]) if len(names) > 1 else (places[o], 0))
     return out
+
+
+def tied(works: dict[str, Any], found: dict[str, str]) -> dict[str, list[str]]:
+    """Per task who cannot be told from its default: on each workload both reach the target with every seed, and the
+    95% interval of the difference in steps holds 0."""
+
+    def alike(work: dict[str, Any], a: str, b: str) -> bool:
+        rows = [work["optimizers"][o] for o in (a, b)]
+        if any(row["reached"] < row["seeds"] for row in rows):
+            return False
+        gap = paired(_reached_seeds(rows[0]), _reached_seeds(rows[1]))
+        return gap is not None and gap.get("low", -math.inf) <= 0 <= gap.get("high", math.inf)
+
+    return {
+        task: [
+            o
+            for o in works[TASKS[task][0]]["optimizers"]
+            if o != first and all(o in works[n]["optimizers"] and alike(works[n], first, o) for n in TASKS[task])
+        ]
+        for task, first in found.items()
+    }
 
 
 def _credit(r: float) -> float:
@@ -157,11 +179,18 @@ def said(e: dict[str, float] | None, scale: float = 1, digits: int = 0, unit: st
     return words[0] if len(words) == 1 else f"{words[0]} [{words[1]}, {words[2]}]"
 
 
-def tables(found: dict[str, Any], tuning: int) -> str:
+def tables(found: dict[str, Any]) -> str:
     """The README's tables."""
     works = found["workloads"]
-    lines = ["## Last table", "", "| task of the project | winner: its default from now on |", "|---|---|"]
-    lines += [f"| {task} | **{TITLES[opt]}** |" for task, opt in found["defaults"].items()]
+    lines = [
+        "## Last table",
+        "",
+        "| task | winner, the project's default | who cannot be told from it |",
+        "|---|---|---|",
+    ]
+    for task, opt in found["defaults"].items():
+        alike = ", ".join(TITLES[o] for o in found["tied"][task]) or "nobody"
+        lines.append(f"| {task} | **{TITLES[opt]}** | {alike} |")
     lines += ["", "Steps to the target over the fewest anyone needed (medians over seeds; – missed the target), and the"
               " AlgoPerf score:", "", "| optimizer | " + " | ".join(WORDS[n] for n in works)
               + " | score by steps | score by seconds |", "|---" * (len(works) + 3) + "|"]  # fmt: skip

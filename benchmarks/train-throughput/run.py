@@ -18,8 +18,8 @@ import namespaces  # type: ignore[import-not-found]
 from common import arguments, keep, needed, versions  # type: ignore[import-not-found]
 
 HERE = Path(__file__).parent
-PARTS = {  # name: what workers do, and how many of them; the last needs the learning rates of another
-    "scales 2": ("scales", 2),
+PARTS = {  # name: what workers do, and how many of them; the last needs what another found
+    "scales 3": ("scales", 3),
     "tune 2": ("tune", 2),
     "tune 4": ("tune", 4),
     "steps 2": ("steps", 2),
@@ -29,7 +29,7 @@ PARTS = {  # name: what workers do, and how many of them; the last needs the lea
 }
 
 
-def child(rank: int, workers: int, folder: str, what: str, quick: bool, given: dict[str, float]) -> None:
+def child(rank: int, workers: int, folder: str, what: str, quick: bool, given: dict[str, Any]) -> None:
     """One worker; worker 0 writes what it saw."""
     import torch
     import torch.distributed as dist
@@ -37,7 +37,7 @@ def child(rank: int, workers: int, folder: str, what: str, quick: bool, given: d
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
-    seen = getattr(work, what)(rank, quick, **({"rates": given} if given else {}))
+    seen = getattr(work, what)(rank, quick, **({"settings": given} if given else {}))
     if rank == 0:
         Path(folder, "seen.json").write_text(json.dumps(seen))
     dist.barrier()
@@ -49,7 +49,7 @@ def run_part(part: str, quick: bool, parts: dict[str, Any]) -> dict[str, Any]:
     what, workers = PARTS[part]
     given = {}
     if what == "target":
-        given = {name: row["lr"] for name, row in parts[f"tune {workers}"]["seen"].items() if row["lr"]}
+        given = {name: row["best"] for name, row in parts[f"tune {workers}"]["seen"].items() if row["best"]}
     before = os.getloadavg()[0]
     words = [what, "quick" if quick else "whole", json.dumps(given)]
     seen = namespaces.run(str(Path(__file__).resolve()), workers, words, timeout=1500)

@@ -18,6 +18,8 @@ FloatArray = NDArray[np.floating[Any]]
 BoolArray = NDArray[np.bool_]
 Split = Literal["pool", "test"]
 GOLD = "gold"  # the annotator name that stands for the truth, known to be right
+LISTED = "entity-list"  # the one that stands for what a list of names finds in texts, which may be wrong
+NO_PERSON = (GOLD, LISTED)  # they are not asked, and their answers cost nothing
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,20 +147,21 @@ def test_without_a_held_out_part_the_training_loss_decides() -> None:
     assert len(fit(linear(), X, likelihood, falling)) == 80, "it falls until the end"
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("plan", [PATIENT, replace(PATIENT, optimizer="sgd", held_out=0.0, lr=0.01)])
-def test_patience_survives_an_interruption(plan: Plan, tmp_path: Path) -> None:
+def test_patience_survives_an_interruption(plan: Plan, late: bool, tmp_path: Path) -> None:
     X, likelihood = vectors(60)
     whole, resumed = layers(), layers()
     losses = fit(whole, X, likelihood, plan)
 
     def stop(step: int, total: int, loss: float) -> None:
-        if step == 20:
+        if step == (total if late else 20):
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
         fit(resumed, X, likelihood, plan, checkpoint=tmp_path / "c", progress=stop, every=0.0)
     resumed = layers()
-    assert fit(resumed, X, likelihood, plan, checkpoint=tmp_path / "c") == losses[20:]
+    assert fit(resumed, X, likelihood, plan, checkpoint=tmp_path / "c") == ([] if late else losses[20:])
     assert weights(resumed) == weights(whole)
 
 

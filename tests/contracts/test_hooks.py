@@ -1,6 +1,7 @@
 """What every DDP communication hook must do, asked of all presets and of torch's own hooks as peers, among two real
 workers (gloo). Run as a script, this file is the workers. A new preset is tested by existing."""
 
+import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from trilobe.algorithms.parallel import PRESETS, SIGNUM, State, compressed_hook, majority_vote_hook
+from trilobe.algorithms.parallel import EF_SIGN, PRESETS, SIGNUM, Choices, State, compressed_hook, majority_vote_hook
 
 WORLD, STEPS = 2, 80
 Hook = tuple[Any, Callable[..., Any]]
@@ -30,6 +31,8 @@ HOOKS: dict[str, Callable[[], Hook]] = {
     "torch_fp16": lambda: (None, default_hooks.fp16_compress_hook),
     "torch_power_sgd": power_sgd,
     "majority_vote_hook": lambda: (State(SIGNUM), majority_vote_hook),
+    "ties_zero": lambda: (State(Choices(ties="zero")), majority_vote_hook),
+    "scale_per_message": lambda: (State(dataclasses.replace(EF_SIGN, scale_per="message")), compressed_hook),
     **{name: lambda c=c: (State(c), compressed_hook) for name, c in PRESETS.items()},
 }
 

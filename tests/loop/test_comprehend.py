@@ -11,7 +11,7 @@ from trilobe import loop
 from trilobe.errors import DataError, NotFoundError, TrilobeError, UsageError
 from trilobe.infrastructure.client import Client
 from trilobe.tasks.entity_recognition.comprehend import detected
-from trilobe.types import Span
+from trilobe.types import Response, Span
 
 CITIES, DAYS = ["Rome", "Oslo", "New York", "Lima"], ["Monday", "Friday", "Sunday"]
 HEADER = "File, Line, Begin Offset, End Offset, Type"
@@ -144,6 +144,26 @@ def test_a_list_of_entities_is_an_annotator_who_may_be_wrong(tmp_path: Path) -> 
     quality = {a["name"]: a["quality"] for a in loop.aggregate(folder).annotators}
     assert quality["gold"] == 1 and 0.3 < quality["entity-list"] < 1, "it is judged, with Lima and 'we' against it"
     loop.train(folder)
+
+
+def test_what_a_list_says_settles_nothing(tmp_path: Path) -> None:
+    """People are asked all the same; a list is not asked, costs no budget, and no point of the curve is its."""
+    folder, rows = project(tmp_path / "p"), lines(30, 0)
+    documents, _ = written(tmp_path, "documents.txt", rows)
+    (tmp_path / "list.csv").write_text("Text,Type\nRome,CITY\nFriday,DAY\n")
+    loop.add(documents, folder, format="comprehend", labels=str(tmp_path / "list.csv"))
+    assert loop.show(project=folder)["questions"] == {"asked": 0, "open": 0}
+    truth = dict(rows)
+
+    def person(question: Any, example: Any, who: str) -> tuple[Response, float]:
+        with loop.opened(folder) as p:
+            return Response("spans", spans=tuple(Span(*s) for s in truth[p.item(example.id)])), 4.0
+
+    ran = loop.run(person, folder, goal=1.1, budget=10, promote=False)
+    assert ran.outcome == "budget" and [point["answers"] for point in ran.rounds][-1] == 10
+    shown = loop.show(project=folder)
+    assert shown["questions"]["asked"] == 10 and shown["annotators"] == 1
+    assert len(answers(folder)["me"]) == 10 and len(answers(folder)["entity-list"]) == 30
 
 
 def test_documents_of_one_file_each(tmp_path: Path) -> None:

@@ -10,7 +10,17 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -46,6 +56,13 @@ def words(verb: str, result: Any) -> str:
     return _WORDS.get(verb, _default)(result)
 
 
+class _Rate(ProgressColumn):
+    """How many a second, of late."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.1f}/s" if task.speed else "")
+
+
 class Terminal:
     """A listener that shows remarks and bars on stderr; without bars when stderr is not a terminal.
 
@@ -55,7 +72,8 @@ class Terminal:
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("left"),
             console=self.console, transient=True, disable=not self.console.is_terminal,
         )  # fmt: skip
         self.bars: dict[str, TaskID] = {}
@@ -216,6 +234,12 @@ def _granted(found: Any) -> str:
     return table(["id", "client", "may", "models", "at once", "since", "until"], rows) if rows else "nobody has a token"
 
 
+def _inferred(r: Any) -> str:
+    text = f"{r.n - r.n_failed:,} answers in {r.path}"
+    text += f", {r.n_kept:,} inputs known already" if r.n_kept else ""
+    return text + (f"; {r.n_failed:,} inputs failed, see {r.path / 'failed.jsonl'}" if r.n_failed else "")
+
+
 def _window(w: Any) -> str:
     return f"{w.verdict}: {w.message}" + "".join(f"\n  finding {f.id} ({f.kind}): {f.message}" for f in w.findings)
 
@@ -252,6 +276,6 @@ def _planned(r: Any) -> str:
 _WORDS: dict[str, Callable[[Any], str]] = {
     "add": _added, "query": _questions, "label": _labeled, "aggregate": _aggregated, "train": _model,
     "evaluate": _evidence, "check": _evidence, "package": _bundle, "serve": _endpoint, "token": _granted,
-    "monitor": _window, "deliver": _delivered, "explain": _explained, "plan": _planned, "run": _ran,
+    "infer": _inferred, "monitor": _window, "deliver": _delivered, "explain": _explained, "plan": _planned, "run": _ran,
     "demo": lambda told: str(told["report"]), "export": lambda to: "" if to == "-" else str(to),
 }  # fmt: skip

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trilobe.errors import DataError, StorageError, TrilobeError, UsageError
 from trilobe.files import write_atomically
@@ -28,33 +27,6 @@ FAILED = "failed.jsonl"
 _PART = re.compile(r"part-\d{6}-[0-9a-f]{12}\.\w+(\.[0-9a-f]{8}\.part)?")
 
 Answer = Mapping[str, Any]  # of one record, a row of each output: an array, a number, or bytes
-
-
-def stands_alone(servable: Servable) -> bool:
-    """Whether a row among others gets the bits it gets alone, so that rows may be computed together.
-
-    It is tried out, with the warm-up example and two that are a little different.
-
-    >>> from trilobe.infrastructure.pipeline import Pipeline, TensorSpec
-    >>> x, y = TensorSpec("x", "FP32", (-1,)), TensorSpec("y", "FP32", (-1,))
-    >>> share = Pipeline([("share", lambda data: {"y": data["x"] / data["x"].sum()})])
-    >>> stands_alone(Servable(share, (x,), (y,), {"x": np.ones(1, np.float32)}))
-    False
-    """
-    if any(spec.shape[:1] != (-1,) for spec in (*servable.inputs, *servable.outputs)):
-        return False
-    rows = [{s.name: _varied(servable.warmup[s.name][:1], i) for s in servable.inputs} for i in range(3)]
-    alone = [servable.run(row) for row in rows]
-    among = servable.run({name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
-    return all(np.array_equal(np.concatenate([row[name] for row in alone]), array) for name, array in among.items())
-
-
-def _varied(array: NDArray[Any], by: int) -> NDArray[Any]:
-    """A row like that: numbers a little larger, each by another bit, and texts longer; the row itself for 0."""
-    if array.dtype.kind == "O":
-        return np.frompyfunc(lambda entry: b" ".join([entry] * (1 + by)), 1, 1)(array)  # type: ignore[no-any-return]
-    more = np.random.default_rng(by).integers(0, 1 + 4 * by, array.shape)
-    return np.asarray(array ^ (more % 2 == 1) if array.dtype.kind == "b" else array + more.astype(array.dtype))
 
 
 def results(

@@ -240,6 +240,32 @@ class Servable:
         self.run(self.warmup)
 
 
+def stands_alone(servable: Servable) -> bool:
+    """Whether a row among others gets the bits it gets alone, so that rows may be computed together.
+
+    It is tried out, with the warm-up example and two that are a little different.
+
+    >>> x, y = TensorSpec("x", "FP32", (-1,)), TensorSpec("y", "FP32", (-1,))
+    >>> share = Pipeline([("share", lambda data: {"y": data["x"] / data["x"].sum()})])
+    >>> stands_alone(Servable(share, (x,), (y,), {"x": np.ones(1, np.float32)}))
+    False
+    """
+    if any(spec.shape[:1] != (-1,) for spec in (*servable.inputs, *servable.outputs)):
+        return False
+    rows = [{s.name: _varied(servable.warmup[s.name][:1], i) for s in servable.inputs} for i in range(3)]
+    alone = [servable.run(row) for row in rows]
+    among = servable.run({name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
+    return all(np.array_equal(np.concatenate([row[name] for row in alone]), array) for name, array in among.items())
+
+
+def _varied(array: NDArray[Any], by: int) -> NDArray[Any]:
+    """A row like that: numbers a little larger, each by another bit, and texts longer; the row itself for 0."""
+    if array.dtype.kind == "O":
+        return np.frompyfunc(lambda entry: b" ".join([entry] * (1 + by)), 1, 1)(array)  # type: ignore[no-any-return]
+    more = np.random.default_rng(by).integers(0, 1 + 4 * by, array.shape)
+    return np.asarray(array ^ (more % 2 == 1) if array.dtype.kind == "b" else array + more.astype(array.dtype))
+
+
 def onnx_step(
     model: bytes | Path,
     name: str = "model",

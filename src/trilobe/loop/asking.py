@@ -11,10 +11,10 @@ from trilobe.errors import NotEnoughData
 from trilobe.loop.choosing import Pick, Strategy, from_finding, from_pool, told_of
 from trilobe.loop.deferring import STRATEGY as DEFERRED
 from trilobe.loop.deferring import from_waiting, urgent_first, waiting
-from trilobe.loop.project import Project, annotators, digest, opened, positive, seed_of, tell
+from trilobe.loop.project import UNASKED, Project, annotators, digest, opened, positive, seed_of, tell
 from trilobe.loop.tables import make_answer, take_answers
 from trilobe.loop.terminal import AtTheTerminal
-from trilobe.types import GOLD, Example, Question, Response
+from trilobe.types import NO_PERSON, Example, Question, Response
 
 Answerer = Callable[[Question, Example, str], tuple[Response, float] | None]
 """Somebody who answers: (question, example, annotator) -> (response, seconds), or None to stop."""
@@ -71,7 +71,7 @@ def query(
     positive(n=n, answers=answers)
     with opened(project) as p:
         each = answers or p.config.query.answers
-        questions = [q for q in p.store.questions(open_only=True) if q.strategy != "truth.v1"]
+        questions = [q for q in p.store.questions(open_only=True) if q.strategy not in UNASKED]
         if questions:
             tell(f"{len(questions)} questions are still open; answer them first (trilobe label)")
             urgent = from_waiting(p, (n or p.config.query.n) - sum(q.strategy == DEFERRED for q in questions))
@@ -90,7 +90,8 @@ def _ask_new(
     seed = seed_of(p.seed if seed is None else seed, "query", round_)
     if finding:
         picks = from_finding(p, p.finding(finding), n or p.config.query.n, strategy, seed)
-        return _put(p, picks, round_, each, tuple(a["name"] for a in annotators(p) if a["name"] != GOLD)[:each])
+        people = tuple(a["name"] for a in annotators(p) if a["name"] not in NO_PERSON)
+        return _put(p, picks, round_, each, people[:each])
     count = n or (p.config.query.n if p.newest_model() else p.config.query.first)
     urgent = _put(p, from_waiting(p, count), round_, each)
     if len(urgent) == count:

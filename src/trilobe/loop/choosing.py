@@ -18,8 +18,8 @@ from trilobe.data.query import Selection, find, select
 from trilobe.data.trees import confusion_points, tree
 from trilobe.errors import NotEnoughData, UsageError
 from trilobe.loop.believing import believed
-from trilobe.loop.project import Project, tell
-from trilobe.types import Belief, BoolArray, Example, Finding, FloatArray, LabelSpace, Model, Question
+from trilobe.loop.project import UNASKED, Project, tell
+from trilobe.types import LISTED, Belief, BoolArray, Example, Finding, FloatArray, LabelSpace, Model, Question
 
 Strategy = str | Callable[[FloatArray], FloatArray]
 CONTROL = "control.v1"
@@ -43,7 +43,7 @@ def from_pool(p: Project, n: int | None, strategy: Strategy, seed: int, partial:
 
     Raises :class:`~trilobe.errors.NotEnoughData` where everything has been asked, or there is nothing.
     """
-    pool, asked = p.store.examples("pool"), {q.example_id for q in p.store.questions()}
+    pool, asked = p.store.examples("pool"), _asked(p)
     rest = [e for e in pool if e.id not in asked]
     model, wanted = p.newest_model(), strategy or p.strategy
     if partial and model is None:
@@ -72,7 +72,7 @@ def from_finding(p: Project, finding: Finding, n: int, strategy: Strategy, seed:
 
     wanted = set(finding.capture_ids)
     captures = [c for c in read_captures(p.captures, finding.endpoint) if c.id in wanted]
-    asked = {q.example_id for q in p.store.questions()}
+    asked = _asked(p)
     made: dict[str, tuple[Example, str, Any]] = {}
     for c in captures:
         item = p.task.captured(c.input)
@@ -101,8 +101,13 @@ def control_ids(p: Project) -> list[str]:
     """The answered beginning of the control arm's random order: examples that are a fair sample of the pool."""
     size = int(p.store.recorded("control", 0))
     order = _random_order(p, p.store.examples("pool"))[:size]
-    answered = {a.example_id for a in p.store.answers()}
+    answered = {a.example_id for a in p.store.answers() if a.annotator != LISTED}
     return [e.id for e in order if e.id in answered]
+
+
+def _asked(p: Project) -> set[str]:
+    """Examples about which somebody was asked, or whose truth is known. What a list of names says settles nothing."""
+    return {q.example_id for q in p.store.questions() if q.strategy != UNASKED[1]}
 
 
 def _random_order(p: Project, pool: Sequence[Example]) -> list[Example]:
@@ -131,7 +136,7 @@ def _chosen(p: Project, model: Model | None, rest: list[Example], wanted: Strate
     if wanted == "random":
         chosen = select(wanted, n, None, np.zeros((len(rest), 1)), seed=seed)
     else:
-        asked = {q.example_id for q in p.store.questions()}
+        asked = _asked(p)
         before = p.store.examples("pool", ids=list(asked)) if asked else []
         known = p.task.features(module, p.encode(before)) if before else None
         query = p.config.query

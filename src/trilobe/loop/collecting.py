@@ -14,11 +14,10 @@ from trilobe.config import FILE, load, parse
 from trilobe.errors import AnswerError, NotFoundError, StorageError, UnreadableExample, UsageError
 from trilobe.files import write_atomically
 from trilobe.infrastructure.store import Store
-from trilobe.loop.project import STATE, Project, digest, opened, tell
+from trilobe.loop.project import STATE, UNASKED, Project, digest, opened, tell
 from trilobe.loop.tables import read_table, written
-from trilobe.types import GOLD, Answer, Example, Question, Response, Split
+from trilobe.types import GOLD, LISTED, Answer, Example, Question, Response, Split
 
-LISTED = "entity_list.v1"  # the strategy of questions that a list of names has answered
 TEMPLATE = """\
 # A Trilobe project. Every key is optional but the name; `trilobe show config` prints them all with their values.
 
@@ -194,13 +193,13 @@ def _add_comprehend(
     p: Project, paths: Sequence[Path | str], split: Split, labels: str, source: str, by_line: bool
 ) -> Added:
     """Documents in Comprehend's formats, all of them read before the first is kept."""
-    from trilobe.tasks.entity_recognition.comprehend import DOCUMENTS, ENTITY_LIST, MANIFESTS, read
+    from trilobe.tasks.entity_recognition.comprehend import DOCUMENTS, MANIFESTS, read
 
     if not p.space.scheme:
         raise UsageError("entities for a project without any", expected='task = "entity_recognition"')
     files = list(_files(paths, DOCUMENTS | (MANIFESTS - p.task.suffixes)))
     documents, who = read(files, labels, p.config.label_names(), by_line)
-    if who == ENTITY_LIST and split == "test":
+    if who == LISTED and split == "test":
         raise UsageError("a test part known from a list of entities", expected="annotations: a list misses some")
     examples: list[Example] = []
     contents: dict[str, str] = {}
@@ -259,7 +258,7 @@ def record_truth(p: Project, truth: Mapping[str, Response], who: str = GOLD) -> 
 
     The annotator ``gold`` is certain; another, as a list of names, is judged by the aggregation like anybody.
     """
-    kind, strategy = ("truth", "truth.v1") if who == GOLD else (who, LISTED)
+    kind, strategy = ("truth", UNASKED[0]) if who == GOLD else (who, UNASKED[1])
     questions = [Question(digest(kind, id_)[:16], id_, strategy=strategy, reason="known beforehand") for id_ in truth]
     answers = []
     for id_, said in truth.items():

@@ -11,7 +11,7 @@ from trilobe.loop.learning import evaluate, train
 from trilobe.loop.planning import notice
 from trilobe.loop.project import STATE, Project, opened, positive, tell
 from trilobe.loop.promoting import check, package
-from trilobe.types import GOLD, Bundle, Evidence
+from trilobe.types import NO_PERSON, Bundle, Evidence
 
 Outcome = Literal["goal", "budget", "rounds", "exhausted", "waiting", "worth"]
 
@@ -92,7 +92,7 @@ def _turn(
                 return "waiting"
         pool = {e.id for e in p.store.examples("pool")}
         known = [a for a in p.store.answers() if a.example_id in pool]
-        said = [a for a in known if a.annotator != GOLD]
+        said = [a for a in known if a.annotator not in NO_PERSON]
         asked = max((q.round for q in p.store.questions()), default=0)
         if known:
             point = learn(p)

@@ -21,9 +21,9 @@ import numpy as np
 from trilobe import tasks
 from trilobe.config import Config, ProjectSection
 from trilobe.errors import BundleError, DataError, NotFoundError, TrilobeError, UsageError
-from trilobe.infrastructure.batch import FAILED, Answer, results, stands_alone, writing
+from trilobe.infrastructure.batch import FAILED, Answer, results, writing
 from trilobe.infrastructure.bundle import MANIFEST, open_bundle
-from trilobe.infrastructure.pipeline import Arrays, Servable
+from trilobe.infrastructure.pipeline import Arrays, Servable, stands_alone
 from trilobe.infrastructure.records import Reading, Record, count, find, units
 from trilobe.loop.project import Project, opened, positive, tell
 from trilobe.types import Bundle

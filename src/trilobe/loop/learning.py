@@ -16,7 +16,7 @@ from trilobe.loop.believing import aggregate, unpack_beliefs
 from trilobe.loop.choosing import control_ids
 from trilobe.loop.project import Project, calibrated, digest, opened, seed_of, tell
 from trilobe.rows import as_rows, flat
-from trilobe.types import GOLD, Belief, Evidence, Example, FloatArray, Model
+from trilobe.types import NO_PERSON, Belief, Evidence, Example, FloatArray, Model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -232,7 +232,7 @@ def evaluate(project: "Project | Path | str" = ".", model: str = "") -> list[Evi
 
 def _keep_point(p: Project, model: Model, accuracy: Evidence) -> None:
     """A point of the learning curve: what so many answers of people have brought."""
-    answers = sum(a["n"] for a in model.origin["annotators"] if a["name"] != GOLD)
+    answers = sum(a["n"] for a in model.origin["annotators"] if a["name"] not in NO_PERSON)
     point = {
         "round": max((q.round for q in p.store.questions()), default=0),
         "answers": answers, "accuracy": accuracy.figure, "figure": accuracy.check,

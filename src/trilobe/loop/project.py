@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 STATE = ".trilobe"
 AT_ONCE = 4096  # examples that one worker predicts at a time
+UNASKED = ("truth.v1", "entity_list.v1")  # the strategies of questions that were answered before they could be asked
 Where = "Project | Path | str"
 
 

@@ -20,7 +20,7 @@ from trilobe.infrastructure.bundle import read_json
 from trilobe.infrastructure.capture import read_captures
 from trilobe.loop.believing import unpack_beliefs
 from trilobe.loop.learning import held_out
-from trilobe.loop.project import Project, annotators
+from trilobe.loop.project import UNASKED, Project, annotators
 from trilobe.rows import flat
 from trilobe.statistics import wilson
 from trilobe.trust.metrics import confusion_matrix, reliability
@@ -86,7 +86,7 @@ def _pictures(p: Project, examples: Sequence[Example], captions: Sequence[str] =
 
 
 def _questions(p: Project, told: Mapping[str, Any]) -> page.Questions | None:
-    asked = [q for q in p.store.questions() if q.strategy != "truth.v1"]
+    asked = [q for q in p.store.questions() if q.strategy not in UNASKED]
     if not asked:
         return None
     normal = [q for q in asked if not q.reason.startswith(("class", "low"))]

@@ -16,9 +16,9 @@ from trilobe.files import write_atomically
 from trilobe.infrastructure import endpoint as endpoints
 from trilobe.loop.believing import unpack_beliefs
 from trilobe.loop.deferring import waiting
-from trilobe.loop.project import Project, annotators, opened, tell
+from trilobe.loop.project import UNASKED, Project, annotators, opened, tell
 from trilobe.loop.tables import written
-from trilobe.types import GOLD
+from trilobe.types import NO_PERSON
 
 Kept = Literal["labels", "answers", "questions", "model"]
 
@@ -54,7 +54,7 @@ def show(what: str = "", project: "Project | Path | str" = ".") -> dict[str, Any
 
 
 def _overview(p: Project) -> dict[str, Any]:
-    questions, model = [q for q in p.store.questions() if q.strategy != "truth.v1"], p.newest_model()
+    questions, model = [q for q in p.store.questions() if q.strategy not in UNASKED], p.newest_model()
     pool = {e.id for e in p.store.examples("pool")}
     said = [a for a in p.store.answers() if a.example_id in pool]
     out: dict[str, Any] = {
@@ -62,7 +62,7 @@ def _overview(p: Project) -> dict[str, Any]:
         "examples": p.store.count_examples(),
         "questions": {"asked": len(questions), "open": len(p.store.questions(open_only=True))},
         "answers": {"current": len(said), "superseded": p.store.count_superseded()},
-        "annotators": len({a.annotator for a in said} - {GOLD}),
+        "annotators": len({a.annotator for a in said}.difference(NO_PERSON)),
         "model": _brief(model) if model else None,
         "evidence": {e.check: e.figure for e in p.store.evidence(model.id)} if model else {},
         "bundles": [b.id for b in p.store.bundles()],

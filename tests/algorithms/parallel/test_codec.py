@@ -15,6 +15,7 @@ from trilobe.algorithms.parallel.codec import (
     packed_size,
     unpack,
     unpack_by_torch,
+    unpack_each,
 )
 from trilobe.errors import UsageError
 
@@ -35,6 +36,21 @@ def test_both_paths_give_the_same_bits(x: np.ndarray, zero_negative: bool) -> No
     bits = pack(values, zero_negative=zero_negative)
     assert torch.equal(bits, pack_by_torch(values, zero_negative))
     assert torch.equal(unpack(bits, len(x), 0.3), unpack_by_torch(bits, len(x), 0.3))
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 2**32))
+def test_pieces_with_scales_of_their_own_are_unpacked_as_one_by_one(pieces: list[int], seed: int) -> None:
+    rng, n = np.random.default_rng(seed), sum(pieces)
+    bits = torch.from_numpy(rng.integers(0, 256, packed_size(n), dtype=np.uint8))
+    scales = rng.normal(size=len(pieces)).astype(np.float32)
+    signs = unpack(bits, n).split(pieces)
+    wanted = torch.cat([float(scale) * piece for scale, piece in zip(scales, signs, strict=True)])
+    assert torch.equal(unpack_each(bits, scales.tolist(), pieces, torch.full((n,), np.nan)), wanted)
+
+
+def test_pieces_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UsageError, match="one for each"):
+        unpack_each(torch.zeros(1, dtype=torch.uint8), [1.0], [4, 4], torch.empty(8))
 
 
 @given(st.integers(0, 8), st.integers(0, 2**32))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from trilobe.errors import TrainingError, UsageError
 from trilobe.rows import apply, flat, is_ragged, lengths, pad
-from trilobe.types import FloatArray
+from trilobe.types import BoolArray, FloatArray
 
 
 class Batches:
@@ -75,7 +75,7 @@ def shuffled(x: Batches, batch_size: int, generator: torch.Generator) -> Tensor:
     return torch.cat([part[size[part].argsort(stable=True)] for part in parts])
 
 
-def held_back(n: int, share: float, seed: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def held_back(n: int, share: float, seed: int) -> BoolArray:
     """Which of ``n`` examples are kept from training, ``(n,)``: ``share`` of them, at least one if any and not all.
 
     >>> int(held_back(10, 0.25, seed=0).sum()), int(held_back(10, 0.0, seed=0).sum())

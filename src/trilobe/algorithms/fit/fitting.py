@@ -183,14 +183,13 @@ def _run(
     heard: Callable[[tuple[Any, ...]], None],
 ) -> list[Any]:
     """:func:`~trilobe.algorithms.workers.run`, again where a worker was lost and something had been saved."""
-    for again in range(restarts, -1, -1):
-        try:
-            return run(work(), workers, engine, heard)
-        except WorkerLost as e:
-            if not again or not any(c and c.exists() for c in checkpoints):
-                raise
-            logger.warning("%s; training goes on from the last checkpoint", e.problem.splitlines()[0])
-    return []
+    try:
+        return run(work(), workers, engine, heard)
+    except WorkerLost as e:
+        if not restarts or not any(c and c.exists() for c in checkpoints):
+            raise
+        logger.warning("%s; training goes on from the last checkpoint", e.problem.splitlines()[0])
+    return _run(work, checkpoints, restarts - 1, workers, engine, heard)
 
 
 @dataclass(frozen=True)
@@ -202,12 +201,13 @@ class SideBySide:
     def __call__(self, place: Place) -> dict[int, tuple[Mapping[str, Tensor], list[FloatArray]]]:
         """Train those of this worker: their weights, and what each says of the examples that it did not see.
 
-        Says what a job says, after its number.
+        Says what a job says, after its number, and then (number, "done").
         """
         out = {}
         for i in range(place.rank, len(self.jobs), place.size):
             job = self.jobs[i]
             _, weights = job(Place(say=lambda said, i=i: place.say((i, *said))))  # type: ignore[misc]
+            place.say((i, "done"))
             out[i] = weights, [] if job.part.all() else [*predict_logits(job.module, job.X[~job.part])]
         return out
 
@@ -304,6 +304,8 @@ def _side_by_side(
         i, kind, *rest = said
         if kind == "saved" and (file := files[i]):
             write_atomically(file, rest[0])
+        elif kind == "done":  # where it was found done, nothing else was said
+            done[i] = totals[i]
         elif kind == "step" and progress:
             done[i] = totals[i] if rest[0] == rest[1] else rest[0]
             progress(sum(done), sum(totals), rest[2])

@@ -214,7 +214,10 @@ class _BatchNorm(torch.autograd.Function):
         mean, var = torch.batch_norm_update_stats(x.float(), None, None, 0.0)
         own = torch.cat([mean, var, torch.tensor([real * x.numel() / channels])])
         rows = torch.stack([torch.empty_like(own) for _ in range(dist.get_world_size(one.group))])
-        dist.all_gather(list(rows), own, group=one.group)
+        try:
+            dist.all_gather(list(rows), own, group=one.group)
+        except RuntimeError as e:  # not to be taken for an error of the network, in which it happens
+            raise ConnectionError(f"another worker is gone: {e}") from e
         means, variances, counts = rows[:, :channels], rows[:, channels:-1], rows[:, -1:]
         n = counts.sum()
         mean = (counts * means).sum(0) / n

@@ -231,7 +231,7 @@ class Patience:
     def _judged(self, loss: float) -> bool:
         if len(self.held[0]):
             loss = self.training.mean_loss(*self.held)
-        if loss >= self.best:
+        if not loss < self.best:  # nor is NaN
             self.waited += 1
             return self.waited >= self.training.plan.patience
         self.best, self.waited = loss, 0
@@ -279,7 +279,8 @@ def train(
     team, patience, losses = training.team, Patience(training, held), list[float]()
     training.module.train()
     with conditions(training.plan, training.x):
-        step, over = state.restore(training, patience), False
+        step = state.restore(training, patience)
+        over = 0 < training.plan.patience <= patience.waited
         while step < training.total and not over:
             loss = training.loss(*training.batch(step))
             promise = team.total(loss, state.due())

@@ -83,6 +83,35 @@ def unpack(bits: Tensor, n: int, scale: float = 1.0, out: Tensor | None = None) 
     return out
 
 
+def unpack_each(bits: Tensor, scales: Sequence[float], pieces: Sequence[int], out: Tensor) -> Tensor:
+    """The signs in ``bits`` ``(ceil(n / 8),)`` into ``out`` ``(n,)`` float32, each of its pieces (``n`` coordinates
+    together) with a scale of its own; in one pass, since the scale is in the table that is looked up.
+
+    >>> unpack_each(torch.tensor([18], dtype=torch.uint8), [0.5, 2.0], [2, 3], torch.empty(5)).tolist()
+    [0.5, -0.5, 2.0, 2.0, -2.0]
+    """
+    if sum(pieces) != len(out) or len(scales) != len(pieces):
+        came = f"{len(scales)} scales for pieces of {sum(pieces)} coordinates"
+        raise UsageError(came, expected=f"one for each of the pieces of {len(out)} coordinates")
+    if bits.device.type != "cpu":
+        unpack(bits, len(out), 1.0, out)
+        torch._foreach_mul_(list(torch.split(out, list(pieces))), list(scales))
+        return out
+    start, values, octets = 0, out.numpy(), bits.numpy()
+    for scale, length in zip(scales, pieces, strict=True):
+        stop, table = start + length, _signs() * np.float32(scale)
+        first, last = -(-start // 8), stop // 8  # bytes first to last are all in this piece
+        if first < last:
+            whole = values[first * 8 : last * 8].reshape(last - first, 8)
+            np.take(table, octets[first:last], axis=0, out=whole, mode="clip")
+        for i in {start // 8, last}:  # those that it shares
+            low, high = max(start, 8 * i), min(stop, 8 * i + 8)
+            if low < high and not first <= i < last:
+                values[low:high] = table[octets[i]][low - 8 * i : high - 8 * i]
+        start = stop
+    return out
+
+
 def unpack_by_torch(bits: Tensor, n: int, scale: float = 1.0) -> Tensor:
     """What :func:`unpack` gives, by torch operations alone.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trilobe.algorithms.parallel.codec import pack, packed_size, unpack
+from trilobe.algorithms.parallel.codec import pack, packed_size, unpack, unpack_each
 
 GROUP = 512  # coordinates that share one norm in `quantize`: the bucket of Alistarh et al. 2017
 
@@ -64,20 +64,17 @@ def _encode_stochastic_sign(x: Tensor, row: Tensor, pieces: Sequence[int], e: En
     and Richtarik 2021, arXiv 1905.12938, with the max-norm in place of the 2-norm: less noise, also unbiased)."""
     noise = torch.rand(len(x), generator=e.generator, device=x.device).mul_(2).sub_(1)
     bounds = [float(piece.abs().max()) for piece in torch.split(x, list(pieces))]
-    _multiply(noise, bounds, pieces)
+    torch._foreach_mul_(list(torch.split(noise, list(pieces))), bounds)
     pack(noise.add_(x), row[: packed_size(len(x))], e.zero_negative)
     return bounds if e.scaled else []
 
 
 def _decode_sign(row: Tensor, scales: Sequence[float], out: Tensor, pieces: Sequence[int], e: Encoding) -> None:
-    unpack(row[: packed_size(len(out))], len(out), scales[0] if len(scales) == 1 else 1.0, out)
-    if len(scales) > 1:
-        _multiply(out, scales, pieces)
-
-
-def _multiply(x: Tensor, scales: Sequence[float], pieces: Sequence[int]) -> None:
-    """Each piece of ``x`` by its scale, in place."""
-    torch._foreach_mul_(list(torch.split(x, list(pieces))), list(scales))
+    bits = row[: packed_size(len(out))]
+    if scales:
+        unpack_each(bits, scales, pieces, out)
+    else:
+        unpack(bits, len(out), 1.0, out)
 
 
 def _quantized_sizes(n: int, e: Encoding) -> tuple[int, int]:

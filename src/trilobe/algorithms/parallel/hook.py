@@ -56,14 +56,15 @@ class Choices:
         gradients (``beta``) is sent in their place (Signum: Bernstein et al. 2018, algorithm 2).
     communicator
         ``two_phase``: every worker collects one chunk from all, puts it together and sends the outcome to all: what
-        a worker receives does not grow with their number. ``all_gather``: everybody sends everything to everybody.
+        a worker receives does not grow with their number (two workers send each other everything at once: the same
+        bytes). ``all_gather``: everybody sends everything to everybody.
         ``all_reduce``: the sum as DDP makes it, for ``compressor="none"``.
     aggregate
         ``vote``: each coordinate takes the sign of most workers, times the median of their scales; a minority may lie
         about its gradients (in ``two_phase`` each worker is trusted to count its chunk). A tie goes to the worker that
         counts (``all_gather``: to each in turn, step by step), so it is as unbiased as that worker's gradient.
-        With ``ties="zero"`` it becomes 0: the mean of signs with two workers; in ``two_phase`` the outcome then takes
-        two bits a coordinate.
+        With ``ties="zero"`` it becomes 0: the mean of signs with two workers; with more, ``two_phase`` then takes two
+        bits a coordinate for the outcome.
         ``mean``: the average, compressed again when ``two_phase`` sends it out (with a second error memory at the
         worker that averages: Tang et al. 2019, arXiv 1905.05957, algorithm 1).
 
@@ -346,7 +347,7 @@ class _Call:
 
     def decode(self, row: Tensor, out: Tensor, chunk: int, planes: int = 1) -> None:
         flag, scales = self.read_header(row[None], chunk)[0]
-        if flag != VOTES:
+        if flag != VOTES or not len(out):
             out.zero_()
             return
         written = row[self.header :]
@@ -466,22 +467,27 @@ def _all_reduce(call: _Call) -> None:
 
 
 def _all_gather(call: _Call) -> None:
-    mine, rows = call.messages()[0], call.rows(call.world)
-    _gather(call, mine, rows)
-    if call.state.choices.aggregate == "vote":
-        outcome = call.rows(1, call.planes)[0]
-        call.combine(rows, call.state.step % call.world, 0, outcome)
-        call.decode(outcome, call.flat, 0, call.planes)
-    else:
-        call.average(rows, call.flat, 0)
+    """Everybody gets all rows and makes the outcome of every chunk alone."""
+    c, mine = call.state.choices, call.messages()
+    rows = torch.empty(call.world, *mine.shape, dtype=torch.uint8, device=mine.device)
+    _gather(call, mine.view(-1), rows.view(call.world, -1))
+    for i, chunk in enumerate(call.chunks):
+        if c.aggregate == "vote":
+            outcome = call.rows(1, call.planes)[0]
+            call.combine(rows[:, i], i if c.communicator == "two_phase" else call.state.step % call.world, i, outcome)
+            call.decode(outcome, chunk, i, call.planes)
+        else:
+            call.average(rows[:, i], chunk, i)
 
 
 def _two_phase(call: _Call) -> None:
-    rows = call.messages()
-    if call.world > 1:
-        sent, rows = rows, torch.empty_like(rows)
-        dist.all_to_all_single(rows, sent, group=call.group)
-        _count(call, (call.world - 1) * rows.shape[1])
+    if call.world <= 2:  # the same bytes in one phase, and a mean is not compressed a second time
+        _all_gather(call)
+        return
+    sent = call.messages()
+    rows = torch.empty_like(sent)
+    dist.all_to_all_single(rows, sent, group=call.group)
+    _count(call, (call.world - 1) * rows.shape[1])
     outcome = call.rows(1, call.planes)[0]
     if call.state.choices.aggregate == "vote":
         call.combine(rows, call.rank, call.rank, outcome)
@@ -490,8 +496,7 @@ def _two_phase(call: _Call) -> None:
     outcomes = call.rows(call.world, call.planes)
     _gather(call, outcome, outcomes)
     for i, chunk in enumerate(call.chunks):
-        if len(chunk):
-            call.decode(outcomes[i], chunk, i, call.planes)
+        call.decode(outcomes[i], chunk, i, call.planes)
 
 
 def _average_chunk(call: _Call, rows: Tensor, outcome: Tensor) -> None:

@@ -118,7 +118,9 @@ def traffic(choices: Choices, n: int, workers: int) -> tuple[int, int]:
     chunk = -(-n // (64 * split)) * 64
     written = -(-COMPRESSORS[choices.compressor].size(chunk, _encoding(choices)) // 8) * 8
     row, planes = HEADER + written, 2 if choices.aggregate == "vote" and choices.ties == "zero" else 1
-    return (others * (row + HEADER + planes * written), 1 + others) if split > 1 else (others * row, others)
+    if split <= 2:  # one phase
+        return others * split * row, others
+    return others * (row + HEADER + planes * written), 1 + others
 
 
 def time_codec(choices: Choices, n: int, workers: int, repeat: int = 3) -> float:

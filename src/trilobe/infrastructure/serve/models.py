@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from trilobe.errors import DataError, ServeError, TrilobeError, UsageError
 from trilobe.infrastructure.bundle import open_bundle
 from trilobe.infrastructure.endpoint import Wish
-from trilobe.infrastructure.pipeline import Arrays, Servable, TensorSpec
+from trilobe.infrastructure.pipeline import Arrays, Servable, TensorSpec, stands_alone
 from trilobe.infrastructure.serve.batching import Batching, Finish, Meter, Queue, Scheduler, Trace
 from trilobe.infrastructure.serve.graph import Flow, Function
 from trilobe.infrastructure.serve.metrics import Meters, Part
@@ -369,7 +369,7 @@ class Repository:
     def _build(self, bundle: Bundle) -> tuple[Servable, float, bool]:
         servable = self._load(bundle)
         servable.warm_up()
-        return servable, _cost(servable), _joins(servable)
+        return servable, _cost(servable), stands_alone(servable)
 
     def _version(self, name: str, id_: str, servable: Servable, cost: float, joins: bool) -> Version:
         meter = self.meters.of(name, id_)
@@ -473,15 +473,6 @@ def _expect_proba(servable: Servable) -> None:
             expected="probabilities, FP32[-1, n_classes]",
             hint="serve it without serve.defer_error and serve.defer_share",
         )
-
-
-def _joins(servable: Servable) -> bool:
-    """Whether requests may be computed together: whether a row among others gets the bits it gets alone."""
-    if any(spec.shape[:1] != (-1,) for spec in (*servable.inputs, *servable.outputs)):
-        return False
-    row = {name: array[:1] for name, array in servable.warmup.items()}
-    alone, among = servable.run(row), servable.run({name: np.repeat(array, 3, axis=0) for name, array in row.items()})
-    return all(np.array_equal(np.repeat(alone[name], 3, axis=0), array) for name, array in among.items())
 
 
 def _cost(servable: Servable) -> float:

@@ -19,9 +19,8 @@ import msgspec
 
 from trilobe.errors import AnswerError, NotEnoughData, UnreadableExample, UsageError
 from trilobe.tasks.words import decode, tokenize
-from trilobe.types import GOLD, Span
+from trilobe.types import GOLD, LISTED, Span
 
-ENTITY_LIST = "entity-list"  # the annotator who says what a list of entities finds
 DOCUMENTS, MANIFESTS = frozenset([".txt"]), frozenset([".manifest", ".jsonl"])
 _ANNOTATIONS = ("file", "begin offset", "end offset", "type")
 
@@ -67,7 +66,7 @@ def read(files: Sequence[Path], table: str, labels: Sequence[str], by_line: bool
         documents = [d for path in files for d in _documents(path, "line" in header)]
         return _alike(_annotated(documents, files, Path(table), rows, labels)), GOLD
     if {"text", "type"} <= set(header):
-        return _listed([d for path in files for d in _documents(path, by_line)], Path(table), rows, labels), ENTITY_LIST
+        return _listed([d for path in files for d in _documents(path, by_line)], Path(table), rows, labels), LISTED
     raise UsageError(
         f"{table} has the columns {header}",
         expected="File, Line, Begin Offset, End Offset, Type (annotations), or Text, Type (a list of entities)",
