@@ -111,7 +111,7 @@ def job(case: Case) -> Job:
 
 
 def hooked(hook: str) -> Case:
-    plan = Plan(steps=60, epochs=0, batch_size=16, lr=0.02, seed=1, hook=hook, optimizer="sgd", weight_decay=0.0)
+    plan = Plan(steps=40, epochs=0, batch_size=16, lr=0.03, seed=1, hook=hook, optimizer="sgd", weight_decay=0.0)
     return seeded(lambda: nn.Linear(8, 3)), *vectors(60), plan, None
 
 
@@ -285,6 +285,7 @@ def test_alone_it_is_named_too() -> None:
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
 
 
+@pytest.mark.slow
 def test_an_error_of_one_worker_ends_all_with_its_traceback(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With a checkpoint it is tried again first; this one fails again, so its error arrives."""
     X, likelihood = vectors(20)

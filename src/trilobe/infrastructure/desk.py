@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from trilobe.errors import StorageError
 from trilobe.files import sync_folder, write_atomically
 from trilobe.infrastructure.capture import read_record, record
 from trilobe.types import Capture, FloatArray
@@ -102,8 +103,10 @@ class Desk:
         """What waits under that id; None where it is gone, or damaged."""
         try:
             return read_record((self._waiting / id_).read_bytes(), self.folder.name)
-        except OSError:
+        except FileNotFoundError:
             return None
+        except OSError as error:
+            raise StorageError(f"{self._waiting / id_} cannot be read: {error.strerror}") from error
 
     def look(self, id_: str) -> bytes | None:
         """The answer (JSON), b"" while there is none, or None for an id that was never given out.

@@ -205,6 +205,26 @@ def test_a_step_that_hangs_costs_its_own_requests_only() -> None:
     run(test)
 
 
+def test_of_a_batch_that_hangs_only_the_guilty_is_given_up() -> None:
+    async def test() -> None:
+        free = threading.Event()
+
+        def hang(data: Arrays) -> dict[str, np.ndarray]:
+            if (data["x"] < 0).any():
+                free.wait(10)
+            return double(data)
+
+        queue = Queue("hang", hang, Scheduler(2), Batching(where="threads", limit=0.1))
+        waiting = [queue.submit(rows(value), 1) for value in (1, -1, 3)]
+        done = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [d["y"].tolist() for d in (done[0], done[2])] == [[2], [6]]
+        assert isinstance(done[1], Refused) and done[1].status == 504
+        assert queue.lost == 2 and not queue.waiting
+        free.set()
+
+    run(test)
+
+
 def test_delay_is_off_by_default_and_gathers_where_asked_for() -> None:
     async def test() -> None:
         scheduler = Scheduler(1)

@@ -136,6 +136,11 @@ def test_many_rows(served: endpoint.Endpoint, folder: Path) -> None:
     assert infer(served.url, 0, 255)["parameters"] == {"deferred": "[false,false]"}
 
 
+def test_the_threshold_can_be_looked_up(served: endpoint.Endpoint) -> None:
+    said = call(served.url, "GET", "/v2/models/light/config")[1]["parameters"]
+    assert said == {"deferral_threshold": {"string_value": str(THRESHOLD)}}
+
+
 def test_requests_that_ran_together_get_their_own_ids(served: endpoint.Endpoint, folder: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -1,6 +1,7 @@
 """The one training function, which every engine calls, and the step it is made of."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -192,8 +193,8 @@ def broken_gradient(module: nn.Module) -> str:
     ''
     """
     found = [(name, p.grad) for name, p in module.named_parameters() if p.grad is not None]
-    norms = [norm.float() for norm in torch._foreach_norm([g for _, g in found])] if found else []
-    if not norms or bool(torch.isfinite(torch.stack(norms)).all()):
+    norms = torch._foreach_norm([g for _, g in found]) if found else []
+    if math.isfinite(sum(norm.item() for norm in norms)):
         return ""
     return next((name for name, g in found if not bool(torch.isfinite(g).all())), "")
 

@@ -29,7 +29,8 @@ class Lane:
         self._failed = False
         self._submitted = 0
         # a daemon: a worker that stops must not wait for a peer that stopped before it
-        threading.Thread(target=_run, args=(self._waiting,), name="trilobe-exchange", daemon=True).start()
+        self._thread = threading.Thread(target=_run, args=(self._waiting,), name="trilobe-exchange", daemon=True)
+        self._thread.start()
 
     def submit(self, work: Work, buffer: Tensor) -> "Future[Tensor]":
         """A future of ``buffer`` that completes when ``work`` has ended, well or not: see :meth:`drain`."""
@@ -58,10 +59,14 @@ class Lane:
                 raise error
 
     def close(self) -> None:
-        """Let the thread end once nothing waits."""
+        """Let the thread end once nothing waits, and see it end, for a few seconds: one that is still about when Python
+        shuts down may abort the process."""
         self._waiting.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=5)
 
 
 def _run(waiting: "SimpleQueue[Work | None]") -> None:
     while (work := waiting.get()) is not None:
         work()
+        del work  # it refers to a state, which must be free to go

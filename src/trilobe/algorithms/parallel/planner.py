@@ -1,8 +1,9 @@
 """Whether compression pays here: the link and the codec are timed, each hook's step is predicted, one is chosen.
 
 Only the time of a step is compared: how many steps a hook needs to a target is a question for training. Predictions
-add computing, codec and link up, although plain DDP sends some buckets while it still computes: they lean towards
-compression where computing takes as long as sending, and ``MARGIN`` leans back.
+add computing, codec and link up, although several buckets are sent while backward still computes, which helps plain DDP
+most, since it sends most: they lean towards compression where computing takes as long as sending, and ``MARGIN`` leans
+back.
 """
 
 import statistics

@@ -77,7 +77,7 @@ class Trace(Protocol):
 class _Ticket:
     """One request that waits, or runs."""
 
-    __slots__ = ("arrived", "finish", "future", "input_ns", "inputs", "rows", "trace")
+    __slots__ = ("alone", "arrived", "finish", "future", "input_ns", "inputs", "rows", "trace")
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class _Ticket:
         trace: Trace | None,
     ) -> None:
         self.future, self.inputs, self.rows, self.finish = future, inputs, rows, finish
-        self.input_ns, self.trace = input_ns, trace
+        self.input_ns, self.trace, self.alone = input_ns, trace, False
         self.arrived = time.perf_counter_ns()
 
 
@@ -200,7 +200,7 @@ class Queue:
                 lane = min(self._lanes, key=lambda key: (key[0], self._lanes[key][0].arrived))
             tickets, rows = self._lanes[lane], 0
             batch: list[_Ticket] = []
-            while tickets and (not batch or (self.joins and rows + tickets[0].rows <= limit)):
+            while tickets and (not batch or self._may_join(batch[0], tickets[0], rows, limit)):
                 ticket = tickets.popleft()
                 self.waiting -= 1
                 if not ticket.future.done():
@@ -213,6 +213,9 @@ class Queue:
             if batch:
                 return batch
         return []
+
+    def _may_join(self, first: "_Ticket", other: "_Ticket", rows: int, limit: int) -> bool:
+        return self.joins and rows + other.rows <= limit and not (first.alone or other.alone)
 
     def due(self) -> float:
         """Seconds until the next batch should start: 0 unless a delay was asked for and there is room for more."""
@@ -305,15 +308,24 @@ class Queue:
             self._told = self.waiting
 
     def give_up(self, batch: "list[_Ticket]") -> None:
-        """The batch ran for too long: its requests hear so, the thread it keeps is written off."""
+        """The batch ran for too long: the thread it keeps is written off. A request that was alone hears so.
+
+        Of several nobody knows who is to blame: each goes to the front of the queue once more, by itself.
+        """
         self.running -= 1
         self.lost += 1
         logger.error("step %r has been running for over %g s: given up", self.name, self.settings.limit)
-        for ticket in batch:
-            if not ticket.future.done():
-                ticket.future.set_exception(
-                    Refused(504, f"step {self.name!r} did not finish within {self.settings.limit:g} s")
-                )
+        waiting = [ticket for ticket in batch if not ticket.future.done()]
+        if len(batch) > 1:
+            for ticket in waiting:
+                ticket.alone = True
+                lane = 0, tuple([array.shape[1:] for array in ticket.inputs.values()])
+                self._lanes.setdefault(lane, deque()).append(ticket)
+            self.waiting += len(waiting)
+            return
+        for ticket in waiting:
+            words = f"step {self.name!r} did not finish within {self.settings.limit:g} s"
+            ticket.future.set_exception(Refused(504, words))
         if self.meter is not None:
             self.meter.failed("BACKEND", len(batch))
 

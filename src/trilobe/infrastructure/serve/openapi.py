@@ -136,7 +136,19 @@ def _about(name: str, at: str, versions: Sequence[str]) -> Schema:
     for where in paths:
         if where.startswith(f"{at}/versions/"):
             paths[where]["parameters"] = [given]
+    paths[f"{at}/answers/{{id}}"] = _fetch(name)
     return paths
+
+
+def _fetch(name: str) -> Schema:
+    """What became of what a model left to people."""
+    given = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"}}
+    state = {"id": {"type": "string"}, "status": {"enum": ["answered", "waiting"]}}
+    schema = {"type": "object", "required": list(state), "properties": state}
+    operation = _get(f"what people answered for {name}", schema, s404="that id was never given out")
+    waits = {"description": "people have not answered yet", "content": {JSON: {"schema": schema}}}
+    operation["get"]["responses"]["202"] = waits
+    return {**operation, "parameters": [given]}
 
 
 def _infer(identifier: str, name: str, versions: Sequence[Described]) -> Schema:

@@ -485,9 +485,11 @@ class Server:
                 for spec in specs
             ]
 
+        known = {} if version.threshold is None else {"deferral_threshold": {"string_value": str(version.threshold)}}
         return {
             "name": version.name,
             "platform": version.platform,
+            "parameters": known,
             "backend": "trilobe",
             "version_policy": {"specific": {"versions": list(self.repository.model(version.name).versions)}},
             "max_batch_size": settings.max_batch,
