@@ -87,6 +87,12 @@ def _default(f: msgspec.structs.FieldInfo) -> str:
 def _type(kind: Any) -> str:
     """A type in words: ``float, 0 to 1``."""
     info = msgspec.inspect.type_info(kind)
+    if isinstance(info, msgspec.inspect.UnionType):
+        return ", or ".join(_words(part) for part in info.types)
+    return _words(info)
+
+
+def _words(info: Any) -> str:
     words = {"IntType": "integer", "FloatType": "number", "StrType": "text", "BoolType": "true or false",
              "VarTupleType": "list", "DictType": "table"}  # fmt: skip
     if isinstance(info, msgspec.inspect.LiteralType):
