@@ -237,7 +237,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     colors = dict(zip(TITLES, ("#14599c", "#1d2327", "#b4470c", "#2f7d4f", "#7a4fa3", "#8a8f94"), strict=True))
     for ax, (name, work) in zip(axes.flat, works.items(), strict=False):
         for opt, row in work["optimizers"].items():
-            ax.plot(*zip(*row["curve"], strict=True), styles[opt], color=colors[opt], label=TITLES[opt], lw=1.8)
+            ax.plot(*zip(*row["curve"], strict=True), ls=styles[opt], color=colors[opt], label=TITLES[opt], lw=1.8)
         ax.axhline(work["target"], color="#1d2327", lw=0.8, ls=(0, (2, 4)))
         ax.set(title=f"{WORDS[name]}, target {100 * work['target']:.1f}%", xlabel="steps", ylabel="score",
                ylim=(max(0.0, work["target"] - 0.35), min(1.0, work["target"] + 0.08)))  # fmt: skip
@@ -245,7 +245,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for opt in found["scores"]:
         rs = [ratio(w, opt, "median_steps") for w in works.values()]
         shares = [np.mean([r <= g for r in rs]) for g in grid]
-        ax.plot(grid, shares, styles[opt], color=colors[opt], label=TITLES[opt], lw=1.8)
+        ax.plot(grid, shares, ls=styles[opt], color=colors[opt], label=TITLES[opt], lw=1.8)
     ax.set(title="performance profile", xlabel="steps over the fewest anyone needed", ylim=(-0.03, 1.03))
     ax.set_ylabel("share of workloads reached")
     ax.legend(fontsize=8, loc="lower right")
