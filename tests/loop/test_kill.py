@@ -16,12 +16,11 @@ import numpy, torch, onnx, onnxruntime, onnxscript
 import trilobe.algorithms.fit, trilobe.algorithms.export, trilobe.infrastructure.pipeline, trilobe.trust.attacks
 from trilobe import loop
 from trilobe.types import Response
-import trilobe.algorithms.fit as fit
+import trilobe.algorithms.fit.fitting as fitting
 
 torch.set_num_threads(1)
 truth = json.load(open(sys.argv[1]))
-save = fit._Resumable.save
-fit._Resumable.save = lambda self, step, every=0.05: save(self, step, every)  # checkpoints within a second's training
+fitting.EVERY = 0.05  # checkpoints within a second's training
 
 def answer(question, example, who):
     time.sleep(0.005)

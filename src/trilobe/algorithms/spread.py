@@ -1,12 +1,11 @@
 """Work on many examples, spread over the workers of Ray: the same function on the same pieces, in the same order."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from trilobe.errors import MissingExtra
+from trilobe.algorithms.workers import started
 from trilobe.types import FloatArray
 
 
@@ -21,13 +20,7 @@ def map_on_ray(
     Raises:
         MissingExtra: Ray is not installed.
     """
-    try:
-        import ray
-    except ImportError as e:
-        raise MissingExtra("Ray is not installed", expected="the extra", hint="pip install 'trilobe[ray]'") from e
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
+    ray = started()
     work: Any = ray.remote(num_cpus=1)(_work)
     sent, cores = ray.put(module), int(ray.cluster_resources().get("CPU", 1))
     pieces: list[FloatArray] = []

@@ -197,6 +197,8 @@ def _evidence(found: Any) -> str:
 
 
 def _model(m: Any) -> str:
+    if not hasattr(m, "origin"):
+        return str(m)  # a profile is its own table
     accuracy = m.metrics.get("out_of_fold_accuracy", float("nan"))
     return (f"model {m.id}: trained on {m.origin['n_examples']} examples, {m.origin['n_answers']} answers; "
             f"out-of-fold accuracy {accuracy:.1%}, temperature {m.temperature:.2f}")  # fmt: skip
