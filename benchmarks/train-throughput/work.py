@@ -34,10 +34,10 @@ HOOKS = (*PEERS, *OURS)
 SIZES = (784, 1024, 300, 10)  # 1,114,350 parameters
 BATCH, TARGET, EVERY, LONGEST = 32, 0.6, 10, 200
 BARE = ("majority_vote", "vote_ties_zero", "signum")  # answer with signs
-# learning rate and momentum of the optimizer: five settings for every hook
+# learning rate and momentum of the optimizer
 SETTINGS = {
     True: ((1e-4, 0.0), (2e-4, 0.0), (4e-4, 0.0), (8e-4, 0.0), (1.6e-3, 0.0)),
-    False: ((0.0125, 0.9), (0.025, 0.9), (0.05, 0.9), (0.1, 0.0), (0.2, 0.0)),
+    False: ((0.0125, 0.9), (0.025, 0.9), (0.05, 0.9), (0.1, 0.0), (0.2, 0.0), (0.4, 0.0)),
 }
 
 
@@ -191,7 +191,7 @@ def train(name: str, setting: tuple[float, float], seed: int, rank: int, longest
 
 
 def tune(rank: int, quick: bool) -> dict[str, Any]:
-    """For each hook the setting of five with the fewest steps to the target, and the steps of three seeds."""
+    """For each hook the setting with the fewest steps to the target, and the steps of three seeds."""
     seen = {}
     for name in HOOKS:
         settings = SETTINGS[name in BARE][2:3] if quick else SETTINGS[name in BARE]

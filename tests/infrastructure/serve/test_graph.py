@@ -122,6 +122,26 @@ def test_a_swap_reaches_the_pipeline_and_one_that_does_not_fit_is_refused(
     run(test)
 
 
+def test_a_pipeline_rests_while_a_model_of_it_is_unloaded(bundles: dict[str, Path]) -> None:
+    nodes = {"a": Node("two", {"x": "x"}), "b": Node("six", {"x": "a.y"})}
+
+    async def test() -> None:
+        wishes = {name: Wish(str(bundles[name])) for name in ("two", "six")}
+        server = Server("lines", load, flows=[graph("both", X, {"y": "b.y"}, nodes)])
+        await server.apply(wishes)
+        assert (await ask(server, "both", x=ONES))["y"][0, 0] == 3
+        await server.apply({**wishes, "six": Wish(str(bundles["six"]), loaded=False)})
+        with pytest.raises(Refused, match="step 'b' calls the model 'six', which is not served"):
+            server.model("both")
+        assert server.repository.models["two"].error == "" and server.index()[-1]["reason"] == "unloaded"
+        await server.apply(wishes)
+        assert (await ask(server, "both", x=ONES))["y"][0, 0] == 3
+        assert not any(model.error for model in server.repository.models.values())
+        server.close()
+
+    run(test)
+
+
 def test_errors_name_the_step(bundles: dict[str, Path]) -> None:
     def broken(kind: str) -> Flow:
         @function(X, {"y": "FP32[-1,3]"})

@@ -308,12 +308,16 @@ class Repository:
             outputs = self._fit(flow, {})
         except TrilobeError as error:
             logger.error("%s", error)
-            model.error = str(error)
+            model.error, model.current, model.versions = str(error), "", {}  # it could not keep what it promises
         else:
             model.error, now = "", model.versions.get(model.current)
             if now is None or now.outputs != outputs:
                 model.versions, model.current = {"1": FlowVersion(flow, outputs, self)}, "1"
         model.state = "ready" if model.current else "failed"
+
+    def _is_alive(self, flow: Flow, name: str) -> bool:
+        """Whether ``flow`` answers now, with the help of the model ``name``."""
+        return name in flow.steps.values() and flow.name in self.models and bool(self.models[flow.name].current)
 
     def _fit(self, flow: Flow, instead: Mapping[str, Version]) -> tuple[TensorSpec, ...]:
         """What ``flow`` gives, with some models replaced; raises where it does not fit together."""
@@ -336,7 +340,7 @@ class Repository:
                 try:
                     version = await self._loaded(model, Path(path))
                     for flow in self.flows.values():
-                        if model.current and model.name in flow.steps.values():
+                        if version.id != model.current and self._is_alive(flow, model.name):
                             self._fit(flow, {model.name: version})
                     loaded[path] = version.id
                 except Exception as error:
