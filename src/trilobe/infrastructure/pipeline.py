@@ -188,6 +188,23 @@ class Pipeline:
             return dict(self._times)
 
 
+def declared(made: Arrays, specs: Sequence[TensorSpec], who: str) -> dict[str, NDArray[Any]]:
+    """Of what ``who`` made, what it had declared; :class:`~trilobe.errors.ServeError` where it did not keep to that.
+
+    >>> declared({"y": np.ones(2), "z": np.ones(1)}, [TensorSpec("y", "FP32", (-1,))], "step 'a'")
+    Traceback (most recent call last):
+    trilobe.errors.ServeError: step 'a': output 'y' has the dtype float64; expected float32 (FP32)
+    """
+    for spec in specs:
+        if spec.name not in made:
+            raise ServeError(f"{who} gave no {spec.name!r}", expected=f"one of: {', '.join(sorted(made))}")
+        try:
+            spec.check(made[spec.name])
+        except DataError as error:
+            raise ServeError(f"{who}: output {error.problem}", expected=error.expected) from error
+    return {spec.name: made[spec.name] for spec in specs}
+
+
 @dataclass(frozen=True, slots=True)
 class Servable:
     """What a bundle becomes when loaded: a pipeline, what it takes, what it gives, and an example to warm it up.
@@ -222,14 +239,7 @@ class Servable:
         data = self.pipeline.run(inputs)
         if not self.outputs:  # a part of a pipeline: what it made
             return {name: array for name, array in data.items() if name not in inputs}
-        for spec in self.outputs:
-            if spec.name not in data:
-                raise ServeError(f"the pipeline gave no {spec.name!r}", expected=f"one of: {', '.join(sorted(data))}")
-            try:
-                spec.check(data[spec.name])
-            except DataError as error:
-                raise ServeError(f"the pipeline's output {error.problem}", expected=error.expected) from error
-        return {spec.name: data[spec.name] for spec in self.outputs}
+        return declared(data, self.outputs, "the pipeline")
 
     def warm_up(self) -> None:
         """Run the example once: the first real request must not pay for lazy set-up, nor be the first to fail."""

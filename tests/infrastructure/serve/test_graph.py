@@ -169,7 +169,7 @@ def test_errors_name_the_step(bundles: dict[str, Path]) -> None:
         for kind, error, words in (
             ("raises", ServeError, "step 'step' failed: ZeroDivisionError: oh"),
             ("refuses", DataError, "step 'step': a strange image"),
-            ("shape", ServeError, r"step 'step' gave 'y' has the shape \[1, 2\]"),
+            ("shape", ServeError, r"step 'step': output 'y' has the shape \[1, 2\]"),
             ("nothing", ServeError, "step 'step' gave no 'y'"),
             ("hangs", Refused, r"step 'hangs: odd' did not finish within 0\.1 s"),
         ):

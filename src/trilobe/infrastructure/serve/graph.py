@@ -18,7 +18,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from trilobe.errors import DataError, ServeError, TrilobeError, UsageError
-from trilobe.infrastructure.pipeline import Arrays, TensorSpec
+from trilobe.infrastructure.pipeline import Arrays, TensorSpec, declared
 
 Step = Callable[..., Awaitable[dict[str, NDArray[Any]]]]
 FlowFunction = Callable[..., Awaitable[Mapping[str, NDArray[Any]]]]
@@ -42,20 +42,13 @@ class Function:
         """The declared outputs, checked; whatever else goes wrong is a ``ServeError`` that names the step."""
         try:
             made = self.run(**{spec.name: data[spec.name] for spec in self.inputs})
-            for spec in self.outputs:
-                if spec.name not in made:
-                    raise ServeError(f"step {self.name!r} gave no {spec.name!r}", expected=f"one of {sorted(made)}")
-                try:
-                    spec.check(made[spec.name])
-                except DataError as error:
-                    raise ServeError(f"step {self.name!r} gave {error.problem}", expected=error.expected) from error
+            return declared(made, self.outputs, f"step {self.name!r}")
         except DataError as error:
             raise DataError(f"step {self.name!r}: {error.problem}", expected=error.expected, hint=error.hint) from error
         except TrilobeError:
             raise
         except Exception as error:
             raise ServeError(f"step {self.name!r} failed: {type(error).__name__}: {error}") from error
-        return {spec.name: made[spec.name] for spec in self.outputs}
 
 
 def function(
@@ -143,7 +136,7 @@ def graph(name: str, inputs: Mapping[str, str], outputs: Mapping[str, str], node
     Traceback (most recent call last):
     trilobe.errors.UsageError: pipeline 'loop' goes in a circle: a -> b -> a; ...
     """
-    declared = _specs(inputs)
+    given_specs = _specs(inputs)
     order = _order(name, inputs, outputs, nodes)
 
     async def run(**given: Any) -> Mapping[str, NDArray[Any]]:
@@ -166,7 +159,7 @@ def graph(name: str, inputs: Mapping[str, str], outputs: Mapping[str, str], node
         return {key: await value(ref) for key, ref in outputs.items()}
 
     def check(known: Known) -> tuple[TensorSpec, ...]:
-        given = {spec.name: spec for spec in declared}
+        given = {spec.name: spec for spec in given_specs}
         for step in order:
             takes, gives = known[step]
             where = f"pipeline {name!r}: step {step!r}"
@@ -185,7 +178,7 @@ def graph(name: str, inputs: Mapping[str, str], outputs: Mapping[str, str], node
         found = [(key, _found(given, ref, f"pipeline {name!r}: output {key!r}")) for key, ref in outputs.items()]
         return tuple(TensorSpec(key, spec.datatype, spec.shape) for key, spec in found)
 
-    return Flow(name, declared, (), {n: node.step for n, node in nodes.items()}, run, check)
+    return Flow(name, given_specs, (), {n: node.step for n, node in nodes.items()}, run, check)
 
 
 def _order(name: str, inputs: Mapping[str, str], outputs: Mapping[str, str], nodes: Mapping[str, Node]) -> list[str]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from trilobe.errors import DataError, ServeError, TrilobeError, UsageError
 from trilobe.infrastructure.bundle import open_bundle
 from trilobe.infrastructure.endpoint import Wish
-from trilobe.infrastructure.pipeline import Arrays, Servable, TensorSpec, stands_alone
+from trilobe.infrastructure.pipeline import Arrays, Servable, TensorSpec, declared, stands_alone
 from trilobe.infrastructure.serve.batching import Batching, Finish, Meter, Queue, Scheduler, Trace
 from trilobe.infrastructure.serve.graph import Flow, Function
 from trilobe.infrastructure.serve.metrics import Meters, Part
@@ -149,7 +149,7 @@ class FlowVersion:
         try:
             async with asyncio.timeout(timeout):
                 outputs = dict(await self.flow.run(**steps, **inputs))
-            self._check(outputs)
+            outputs = declared(outputs, self.outputs, f"pipeline {self.name!r}")
             computed = time.perf_counter_ns()
             answer = finish(outputs) if finish is not None else outputs
         except TimeoutError:
@@ -184,15 +184,6 @@ class FlowVersion:
         if key not in request.prepared:
             request.prepared[key] = version.preparation.submit(arrays, rows, None, *how)
         return await version.rest.submit(await request.prepared[key], rows, None, *how)
-
-    def _check(self, outputs: Mapping[str, NDArray[Any]]) -> None:
-        for spec in self.outputs:
-            if spec.name not in outputs:
-                raise ServeError(f"pipeline {self.name!r} gave no {spec.name!r}", expected=f"one of {sorted(outputs)}")
-            try:
-                spec.check(outputs[spec.name])
-            except DataError as error:
-                raise ServeError(f"pipeline {self.name!r} gave {error.problem}", expected=error.expected) from error
 
 
 @dataclass(frozen=True, slots=True)
