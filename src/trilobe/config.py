@@ -151,19 +151,19 @@ class ServeSection(Section, frozen=True):
     delay: Annotated[float, Meta(ge=0.0, le=10.0)] = 0.0  # seconds a request may be held for others to join it
     limit: Positive = 30.0  # seconds one batch may take
     max_memory: Natural = 0  # MB of one of several workers, before another takes its place; 0: any
-    tls_cert: str = ""
-    tls_key: str = ""
+    tls_cert: str = ""  # a PEM file; with it, HTTPS is spoken and nothing else
+    tls_key: str = ""  # of the certificate; PEM, without a password
     tls_client_ca: str = ""  # whoever signs the certificates of clients; empty: they need none
     open: bool = False  # serve other machines without tokens
     defer_error: Share = 0.0  # leave to people what is in doubt, so that what is answered errs at most so often; 0: off
     defer_share: Share = 0.0  # leave to people what is most in doubt, at most this share of the traffic; 0: off
     webhook: str = ""  # where `trilobe deliver` posts what people answered, "https://..."; empty: nowhere
     webhook_secret: str = ""  # the environment variable with the key that posts are signed with; empty: unsigned
-    log: Literal["text", "json"] = "text"
+    log: Literal["text", "json"] = "text"  # lines for people, or one JSON object each
     log_share: Share = 0.0  # share of the requests that get a line in the log
     repository: str = ""  # a folder of bundles that clients with the right to may load by name
     models: dict[str, str] = field(default_factory=dict)  # more models beside the endpoint's own: name = bundle
-    pipelines: dict[str, PipelineSection] = field(default_factory=dict)
+    pipelines: dict[str, PipelineSection] = field(default_factory=dict)  # several models behind one name
 
 
 class MonitorSection(Section, frozen=True):

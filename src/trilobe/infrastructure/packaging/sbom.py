@@ -29,8 +29,8 @@ def sbom(bundle: Bundle, packages: Sequence[Package] | None = None) -> dict[str,
     >>> from trilobe.infrastructure.bundle import REQUIRED_FILES, write_bundle
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     made = sbom(write_bundle(Path(folder, "b"), dict.fromkeys(REQUIRED_FILES, b"[]"), "m1", {}))
-    >>> [c["type"] for c in made["components"]][:2], made["components"][-1]["purl"].partition("@")[0]
-    (['machine-learning-model', 'file'], 'pkg:pypi/uvicorn')
+    >>> [c["type"] for c in made["components"]][:2], made["components"][-1]["purl"].partition("/")[0]
+    (['machine-learning-model', 'file'], 'pkg:pypi')
     """
     packages = serving() if packages is None else packages
     name = str(bundle.manifest.get("project") or "model")
