@@ -132,7 +132,7 @@ def figures(seen: dict[str, Any], rows: Any, n_bundles: int) -> dict[str, Any]:
                        for name, where in (("around swaps", near), ("between", ~near)) if where.any()},
         "minutes": minutes,
         "p99_slope_ms_per_minute": slope([60.0 * k for k in range(len(p99))], p99) if len(p99) > 2 else None,
-        "p99_worst_over_median": round(max(p99) / statistics.median(p99), 2),
+        "p99_worst_over_best": round(max(p99) / min(p99), 2),  # over the median, one that only grows looked stable
         "memory_mb": {"first": float(mb[0]), "last": float(mb[-1]), "most": float(mb.max())},
         "memory_slope_mb_per_minute": slope(*zip(*points, strict=True)) if len(points) > 2 else None,
         "memory_points": [(round(a, 1), m) for a, m in points],
@@ -191,15 +191,16 @@ def main() -> None:
     met = (
         found["failed"] == found["stale"] == 0
         and flat(found["memory_slope_mb_per_minute"], 0.05)
-        and found["p99_worst_over_median"] <= 2.0
+        and found["p99_worst_over_best"] <= 2.0
+        and chosen.minutes >= 10.0
     )
     result = {
         "claim": "Ten minutes at 80% of the maximum, a new model every 20 s: no failed request, memory and p99 flat",
         "figures": found,
         "peers": {},
-        "ratio": found["p99_worst_over_median"],
-        "ratio_of": "p99 of the worst minute over that of the median minute",
-        "target": "0 failed; memory's slope holds 0 or is below 0.05 MB/min; worst p99 at most twice the median",
+        "ratio": found["p99_worst_over_best"],
+        "ratio_of": "p99 of the worst minute over that of the best",
+        "target": "0 failed; memory's slope holds 0 or is below 0.05 MB/min; worst p99 at most twice the best; ten minutes or more",
         "met": met,
         "versions": common.versions("numpy", "onnxruntime", "httptools"),
     }
