@@ -200,7 +200,7 @@ def main() -> None:
         "peers": {},
         "ratio": found["p99_worst_over_best"],
         "ratio_of": "p99 of the worst minute over that of the best",
-        "target": "0 failed; memory's slope holds 0 or is below 0.05 MB/min; worst p99 at most twice the best; ten minutes or more",
+        "target": "0 failed; memory slope 0 or below 0.05 MB/min; worst p99 at most twice the best; ten minutes",
         "met": met,
         "versions": common.versions("numpy", "onnxruntime", "httptools"),
     }
