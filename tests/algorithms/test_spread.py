@@ -1,24 +1,21 @@
 """Spreading work over Ray gives the numbers that this process gives, in the same order."""
 
-import os
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from torch import nn
 
+from support.clusters import cluster
 from trilobe.algorithms.fit import predict_logits
 from trilobe.algorithms.spread import map_on_ray
 from trilobe.rows import as_rows
 
-ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
-
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster():
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+def connected() -> Iterator[None]:
+    with cluster():
+        yield
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # workers inherit it
 
 from odd_networks import Fails, Mixed, Saying, Several, Spoiled, Unused, fail_as_second, twice
 
+from support.clusters import cluster
 from trilobe.algorithms.encoders import Tagger, TextClassifier, WordEncoder
 from trilobe.algorithms.fit import Plan, cross_fit, fit, fit_and_cross_fit
 from trilobe.algorithms.fit.batches import checked
@@ -392,8 +393,6 @@ def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")
 def test_on_ray_it_is_the_same(tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
-
     class Breaks(nn.Module):
         """Ray sends what no file defines, too."""
 
@@ -405,9 +404,7 @@ def test_on_ray_it_is_the_same(tmp_path: Path) -> None:
             self.calls += 1
             return self.layer(x) * (1.0 if self.calls < 4 else float("nan"))
 
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
-    try:
+    with cluster():
         X, likelihood = images(29)
         whole, module = image_net(), image_net()
         losses = fit(whole, X, likelihood, QUICK, vary)
@@ -421,5 +418,3 @@ def test_on_ray_it_is_the_same(tmp_path: Path) -> None:
             fit(Breaks(), *vectors(20), QUICK, workers=2, engine="ray")
         with pytest.raises(UsageError, match="3 workers on a cluster of 2 cores"):
             fit(Unused(), *vectors(20), QUICK, workers=3, engine="ray")
-    finally:
-        ray.shutdown()

@@ -1,11 +1,11 @@
 """The same server on Ray: replicas answer what one process answers, and a redeployment fails nobody."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from support.clusters import cluster
 from support.lines import line, load
 from trilobe.errors import ServeError
 from trilobe.infrastructure.client import Client
@@ -18,30 +18,21 @@ from trilobe.infrastructure.serve.on_ray import start_on_ray
 @pytest.mark.filterwarnings("ignore")
 def test_a_pipeline_on_ray(tmp_path: Path) -> None:
     pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
-    import ray
     from ray import serve
 
     with bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        here = str(Path(__file__).parents[2])
-        ray.init(
-            num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": here}}
-        )
-        try:
-            wish = Wish(str(line(4, tmp_path / "b")))
-            url = start_on_ray("lines", load, {"": wish}, port=port, settings=Settings(workers=2))
-            with Client(url, "lines") as client:
-                for n in (1, 2, 5):
-                    x = np.arange(3 * n, dtype=np.float32).reshape(n, 3)
-                    np.testing.assert_allclose(client.call({"x": x})["y"], 2 * x)
-                assert client.ready() and client.metadata()["name"] == "lines"
-            start_on_ray("lines", load, {"": Wish(str(line(6, tmp_path / "b2")))}, port=port)
-            with Client(url, "lines") as client:
-                np.testing.assert_allclose(client.call({"x": np.ones((1, 3), np.float32)})["y"], [[3.0] * 3])
-            with pytest.raises(ServeError, match="Ray does not serve"):
-                start_on_ray("lines", load, {"": Wish(str(tmp_path / "nothing"))}, port=port)
-        finally:
-            serve.shutdown()
-            ray.shutdown()
+    with cluster():
+        wish = Wish(str(line(4, tmp_path / "b")))
+        url = start_on_ray("lines", load, {"": wish}, port=port, settings=Settings(workers=2))
+        with Client(url, "lines") as client:
+            for n in (1, 2, 5):
+                x = np.arange(3 * n, dtype=np.float32).reshape(n, 3)
+                np.testing.assert_allclose(client.call({"x": x})["y"], 2 * x)
+            assert client.ready() and client.metadata()["name"] == "lines"
+        start_on_ray("lines", load, {"": Wish(str(line(6, tmp_path / "b2")))}, port=port)
+        with Client(url, "lines") as client:
+            np.testing.assert_allclose(client.call({"x": np.ones((1, 3), np.float32)})["y"], [[3.0] * 3])
+        with pytest.raises(ServeError, match="Ray does not serve"):
+            start_on_ray("lines", load, {"": Wish(str(tmp_path / "nothing"))}, port=port)
+        serve.shutdown()
