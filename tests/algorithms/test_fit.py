@@ -260,26 +260,28 @@ def checkpoint_of(file: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "what"),
     [
-        {"plan": replace(QUICK, lr=2e-2)},
-        {"plan": replace(QUICK, seed=9)},
-        {"X": images(13, seed=3)[0]},
-        {"likelihood": images(13, seed=3)[1]},
-        {"module": net(seed=5)},
-        {"module": network(SPEC, 3, width=8)},
-        {"augment": None},
+        ({"plan": replace(QUICK, lr=2e-2)}, "plan"),
+        ({"plan": replace(QUICK, seed=9)}, "plan"),
+        ({"X": images(13, seed=3)[0]}, "examples"),
+        ({"likelihood": images(13, seed=3)[1]}, "examples"),
+        ({"module": net(seed=5)}, "network"),
+        ({"module": network(SPEC, 3, width=8)}, "network"),
+        ({"augment": None}, "plan"),
     ],
     ids=["lr", "seed", "examples", "beliefs", "first weights", "another network", "augmentation"],
 )
-def test_a_checkpoint_of_another_run_is_ignored(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_a_checkpoint_of_another_run_is_refused_and_stays(
+    tmp_path: Path, changes: dict[str, object], what: str
+) -> None:
     X, likelihood, _ = images(13)
     file = tmp_path / "checkpoint"
     checkpoint_of(file, **changes)
-    fresh, after = net(), net()
-    losses = fit(fresh, X, likelihood, QUICK, vary)
-    assert fit(after, X, likelihood, QUICK, vary, file) == losses
-    assert same(weights(after), weights(fresh)) and not file.exists()
+    before = file.read_bytes()
+    with pytest.raises(TrainingError, match=rf"(?s)is of another {what}\b.*delete the file to begin anew"):
+        fit(net(), X, likelihood, QUICK, vary, file)
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:5], lambda b: b"", lambda b: b[:200] + b"\xff" * 50])
@@ -287,8 +289,10 @@ def test_a_damaged_checkpoint_costs_the_work_but_not_the_run(tmp_path: Path, dam
     X, likelihood, _ = images(13)
     file = tmp_path / "checkpoint"
     checkpoint_of(file)
-    file.write_bytes(damage(file.read_bytes()))  # type: ignore[operator]
+    damaged = damage(file.read_bytes())  # type: ignore[operator]
+    file.write_bytes(damaged)
     assert len(fit(net(), X, likelihood, QUICK, vary, file)) == 25
+    assert not file.exists() and (tmp_path / "checkpoint.damaged").read_bytes() == damaged
 
 
 def test_checkpoints_are_rare_unless_asked_for(tmp_path: Path) -> None:

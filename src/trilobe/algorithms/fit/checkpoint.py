@@ -42,7 +42,10 @@ def _digest(parts: Iterable[Any]) -> str:
 
 
 def found(path: Path | None, key: Key) -> bytes | None:
-    """The checkpoint at ``path`` if there is a whole one of this very training; a warning where it is of another.
+    """The checkpoint at ``path`` if there is a whole one of this very training.
+
+    What cannot be read is put aside, as ``<name>.damaged``, with a warning. Raises
+    :class:`~trilobe.errors.TrainingError` where the checkpoint is of another training: it would be written over.
 
     >>> found(Path("none"), {})
     """
@@ -53,11 +56,15 @@ def found(path: Path | None, key: Key) -> bytes | None:
         meta = from_safetensors(saved)[1]
         theirs: Key = json.loads(meta["key"])
     except (TrainingError, KeyError, ValueError):
-        logger.warning("the checkpoint %s is damaged: training begins anew", path)
+        aside = path.rename(path.with_name(f"{path.name}.damaged"))
+        logger.warning("%s is no whole checkpoint: it is now %s, and training begins anew", path, aside.name)
         return None
     if other := [name for name in key if theirs.get(name) != key[name]]:
-        logger.warning("the checkpoint %s is of another %s: training begins anew", path, " and ".join(other))
-        return None
+        raise TrainingError(
+            f"the checkpoint {path} is of another {' and '.join(other)}",
+            expected="the network, plan, examples and, with a hook, workers that it was begun with",
+            hint="go on with those, give this training a file of its own, or delete the file to begin anew",
+        )
     return saved
 
 

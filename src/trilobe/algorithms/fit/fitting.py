@@ -130,7 +130,7 @@ def fit(
 
     Raises:
         TrainingError: NaN in the input, the loss, a gradient or the weights, a module that does not fit its input or
-            the classes; a worker lost once too often.
+            the classes; a worker lost once too often; a checkpoint of another training.
         UsageError: nothing to train on, not as many examples as beliefs, a network that cannot be trained, or one that
             cannot be sent to other processes.
         MissingExtra: Ray is not installed.
