@@ -18,6 +18,7 @@ from trilobe import config
 from trilobe.cli import VERBS, main
 
 HERE = Path(__file__).parent
+WIDTH = 94  # characters of code that fit beside the navigation; a longer line has to be scrolled
 project, author, copyright = "Trilobe", "the Trilobe authors", "the Trilobe authors, Apache-2.0"
 version = release = trilobe.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
@@ -40,7 +41,7 @@ napoleon_custom_sections = [("Attributes (learned)", "Attributes")]
 napoleon_use_ivar = True
 napoleon_attr_annotations = False
 python_use_unqualified_type_names = True
-python_maximum_signature_line_length = 100
+python_maximum_signature_line_length = 90
 highlight_language = "python"
 
 
@@ -58,7 +59,7 @@ def commands_page() -> str:
 
 
 def _help(command: Any, name: str, parent: click.Context | None) -> str:
-    context = click.Context(command, info_name=name, parent=parent, terminal_width=100, max_content_width=100)
+    context = click.Context(command, info_name=name, parent=parent, terminal_width=WIDTH, max_content_width=WIDTH)
     return f"```text\n{command.get_help(context)}\n```"
 
 
@@ -151,12 +152,12 @@ def fit_napoleon(app: Sphinx, what: str, name: str, obj: Any, options: Any, line
 def shorten_types(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returned: str | None
 ) -> tuple[str | None, str | None]:
-    """What autodoc spells out, as people call it: ``ndarray``, ``ArrayLike``."""
+    """What autodoc spells out, as people call it: ``ndarray``, ``ArrayLike``; what makes a default, as ``...``."""
     like = r"~?[\w.]*_Buffer \| .*?complex \| bytes \| str\]"
     array = r"~?[\w.]*ndarray\[tuple\[~?[\w.]*Any, \.\.\.\], ~?[\w.]*dtype\[[^\[\]]*(?:\[[^\]]*\])?\]\]"
 
     def short(text: str | None) -> str | None:
-        return text and re.sub(array, "ndarray", re.sub(like, "ArrayLike", text))
+        return text and re.sub(array, "ndarray", re.sub(like, "ArrayLike", text)).replace("<factory>", "...")
 
     return short(signature), short(returned)
 

@@ -42,6 +42,14 @@ def test_the_first_page_of_help_loads_nothing_heavy(argument: str) -> None:
     assert "click" in loaded and not loaded & HEAVY
 
 
+def test_serving_loads_no_database_and_nothing_of_training() -> None:
+    """A container pays for every import at each start; it serves a bundle that is named by its path."""
+    code = "from trilobe.cli.commands import command; command('serve'); import trilobe.infrastructure.serve.grpc"
+    loaded = loaded_by(f"{code}\nfrom trilobe.tasks import get; get('image_classification')")
+    assert "numpy" in loaded
+    assert not loaded & {"scipy", "torch", "sqlalchemy", "alembic", "onnx", "rich", "PIL", "jinja2"}
+
+
 def test_the_command_and_the_module_print_the_same_help() -> None:
     done = subprocess.run([sys.executable, "-m", "trilobe", "--help"], capture_output=True, text=True, check=True)
     assert [line.split()[0] for line in done.stdout.splitlines() if re.match(r"  [a-z]+  ", line)][

@@ -297,7 +297,9 @@ class Capture:
     """A sampled record of one request item and its reply: what was sent, what was said.
 
     ``input`` is the item as the client sent it (for images ``(height, width, channels)`` unsigned bytes), ``proba``
-    the reply ``(n_classes,)``.
+    the reply ``(n_classes,)``. ``model`` is the name that was called, where that is another than the endpoint's own: a
+    model beside it or a pipeline, whose ``bundle_id`` says which bundle's answer it handed on ("": it made its own).
+    Of what a shadow said, which nobody heard, ``live`` is the bundle that answered and ``live_proba`` what it answered.
     """
 
     id: str
@@ -306,6 +308,14 @@ class Capture:
     at: float
     input: NDArray[Any]
     proba: FloatArray
+    model: str = ""
+    live: str = ""
+    live_proba: FloatArray | None = None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether a shadow named the class that was answered."""
+        return self.live_proba is not None and self.prediction == int(np.argmax(self.live_proba))
 
     @property
     def prediction(self) -> int:

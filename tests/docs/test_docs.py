@@ -170,6 +170,40 @@ def test_every_verb_is_documented(verb: str) -> None:
     assert re.search(rf"(autofunction:: trilobe\S*\.|^#+ ){verb}$", text_of("reference", "verbs.md"), re.MULTILINE)
 
 
+# Rooms that a page of the reference shows under another name, or that are nobody's to call.
+UNLISTED = (
+    "cli", "demos", "loop", "algorithms.fit.", "algorithms.parallel.lane", "infrastructure.store.migrations",
+    "infrastructure.store.records", "infrastructure.store.schema",
+)  # fmt: skip
+
+
+def test_every_module_has_a_reference() -> None:
+    pages = "\n".join(p.read_text("utf-8") for p in (DOCS / "reference").glob("*.md"))
+    listed = set(re.findall(r":: trilobe\.([\w.]+)", pages))
+    source = ROOT / "src" / "trilobe"
+    names = [".".join(p.relative_to(source).with_suffix("").parts) for p in source.rglob("*.py")]
+    lost = [
+        name
+        for name in (name.removesuffix(".__init__") for name in names)
+        if not name.startswith(("__", *UNLISTED))
+        and not re.fullmatch(r"tasks\.\w+\.(data|metrics|model|report)", name)  # the same parts in every task
+        and not any(f"{entry}.".startswith(f"{name}.") for entry in listed)
+    ]
+    assert lost == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(DOCS)))
+def test_code_fits_the_page(page: Path) -> None:
+    """What is shown as code is read without scrolling; what a program said is shown as it said it."""
+    width = int(re.findall(r"^WIDTH = (\d+)", (DOCS / "conf.py").read_text("utf-8"), re.MULTILINE)[0])
+    for block in blocks(page.read_text("utf-8")):
+        said = shown(block.text) if block.language == "console" else []
+        long = [line for line in block.text.splitlines() if len(line) > width and line not in said]
+        assert long == [] or block.language in ("", "text"), (
+            f"{page.name}:{block.line} is wider than {width} characters"
+        )
+
+
 def errors_of(kind: type[errors.TrilobeError]) -> Iterator[type[errors.TrilobeError]]:
     for below in kind.__subclasses__():
         if below.__module__ == errors.__name__:

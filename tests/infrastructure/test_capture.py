@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from trilobe.errors import UsageError
-from trilobe.infrastructure.capture import SUFFIX, CaptureLog, read_captures
+from trilobe.infrastructure.capture import SUFFIX, CaptureLog, read_captures, record
 
 PROBA = np.array([[0.25, 0.75]], np.float32)
 
@@ -55,6 +55,53 @@ def test_round_trip_of_any_numbers(tmp_path_factory: pytest.TempPathFactory, dat
         assert capture.input.dtype == inputs.dtype and capture.input.tobytes() == inputs[i, ...].tobytes()
         assert capture.input.shape == inputs[i].shape
         assert capture.proba.tobytes() == proba[i].tobytes()
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_what_only_some_captures_have(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """The name that was called, and beside a shadow's reply what was answered: there and back, in any mixture."""
+    folder = tmp_path_factory.mktemp("some")
+    log, kept = CaptureLog(folder, "e", rate=1.0), []
+    for _ in range(data.draw(st.integers(1, 4))):
+        model, live = (data.draw(st.text(max_size=40)) for _ in range(2))
+        beside = data.draw(st.none() | hnp.arrays(np.float32, (1, data.draw(st.integers(1, 5)))))
+        item = data.draw(st.binary(max_size=30))
+        assert log.append("b1", np.array([item, None], object)[:1], PROBA, model, live, beside) == 1
+        kept.append((item, model, live, None if beside is None else beside[0].tobytes()))
+    log.close()
+    found = [(c.input.tobytes(), c.model, c.live, c.live_proba) for c in read_captures(folder)]
+    assert sorted(map(str, kept)) == sorted(str((*f[:3], None if f[3] is None else f[3].tobytes())) for f in found)
+    for name in {k[1] for k in kept}:
+        assert len(read_captures(folder, "e", model=name)) == sum(k[1] == name for k in kept)
+
+
+def test_captures_of_before_can_be_read_and_new_ones_without_more_are_the_same_bytes(tmp_path: Path) -> None:
+    """A segment as it was written before there was anything optional, byte for byte."""
+    import zlib
+
+    import msgspec
+
+    fields = {"id": "00ff", "at": 1.5, "bundle_id": "b1", "dtype": "|u1", "shape": [2], "input": b"hi"}
+    body = msgspec.msgpack.encode({**fields, "proba": PROBA.tobytes()})
+    old = len(body).to_bytes(4, "little") + zlib.crc32(body).to_bytes(4, "little") + body
+    assert record("00ff", 1.5, "b1", np.array([b"hi"], object), PROBA, 0) == old
+    more = record("00fe", 2.5, "b1", np.array([b"ho"], object), PROBA, 0, "inspect", "b0", PROBA[:, ::-1])
+    path = tmp_path / "e" / f"1{SUFFIX}"
+    path.parent.mkdir()
+    path.write_bytes(old + more[:20] + more + old)
+    first, last, second = read_captures(tmp_path)
+    assert [(c.model, c.live, c.live_proba) for c in (first, last)] == [("", "", None)] * 2
+    assert (second.model, second.live, second.agrees) == ("inspect", "b0", False)
+    assert second.live_proba is not None and second.live_proba.tolist() == [0.75, 0.25]
+
+
+def test_what_does_not_fit_beside_is_refused(tmp_path: Path) -> None:
+    log = CaptureLog(tmp_path, "e", rate=1.0)
+    for beside in (np.ones(2), np.ones((2, 2)), np.ones((1, 2, 2))):
+        with pytest.raises(UsageError, match="captures of inputs"):
+            log.append("b1", np.zeros((1, 2)), PROBA, "", "b0", beside)
+    assert not (tmp_path / "e").exists()
 
 
 def test_a_segment_cut_at_every_byte_of_its_last_record(tmp_path: Path) -> None:

@@ -49,6 +49,38 @@ def test_round_trip_of_texts(tmp_path_factory: pytest.TempPathFactory, texts: li
     assert [desk.item(id_).input.tobytes() for id_ in ids] == texts  # type: ignore[union-attr]
 
 
+@settings(max_examples=30, deadline=None)
+@given(limit=st.integers(0, 30), sizes=st.lists(st.integers(1, 12), max_size=8), done=st.integers(0, 5))
+def test_never_more_than_the_limit_and_the_oldest_stay(
+    tmp_path_factory: pytest.TempPathFactory, limit: int, sizes: list[int], done: int
+) -> None:
+    desk = Desk(tmp_path_factory.mktemp("desk"), limit)
+    given = [id_ for n in sizes for id_ in desk.keep("b1", np.zeros((n, 2)), np.full((n, 2), 0.5), range(n))]
+    kept = given[:limit]
+    assert None not in kept and given[limit:] == [None] * len(given[limit:]) and desk.waiting() == kept
+    for id_ in kept[:done]:
+        desk.done(str(id_))
+    # Another process that looks now sees what room there is.
+    again = Desk(desk.folder, limit).keep("b1", np.zeros((9, 2)), np.full((9, 2), 0.5), range(9))
+    assert sum(id_ is not None for id_ in again) == min(9, limit - len(kept) + len(kept[:done]))
+
+
+def test_a_desk_that_is_full_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    desk = Desk(tmp_path, 20)
+    one = np.zeros((1, 2)), np.full((1, 2), 0.5), [0]
+    ids = [desk.keep("b1", *one)[0] for _ in range(25)]
+    assert len(caplog.records) == 1 and "20 items wait for people" in caplog.text
+    desk.done(str(ids[0]))
+    desk._counted_at -= 2.0  # a second later, and one more
+    assert desk.keep("b1", *one) != [None] and desk.keep("b1", *one) == [None]
+    assert len(caplog.records) == 1, "one that comes and goes is no news"
+    for id_ in ids[1:10]:
+        desk.done(str(id_))
+    desk._counted_at -= 2.0
+    assert None not in [desk.keep("b1", *one)[0] for _ in range(9)]
+    assert desk.keep("b1", *one) == [None] and len(caplog.records) == 2
+
+
 @given(id_=st.text(max_size=40) | st.text("0123456789abcdef", min_size=32, max_size=32))
 def test_whatever_is_asked_about_is_no_path(tmp_path_factory: pytest.TempPathFactory, id_: str) -> None:
     folder = tmp_path_factory.getbasetemp() / "asked"

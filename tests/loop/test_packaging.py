@@ -1,5 +1,6 @@
 """``package`` with everything it can write; and what is in an image runs with nothing but what the image names."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -8,6 +9,8 @@ import subprocess
 import sys
 import tarfile
 import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 
 from trilobe import loop
-from trilobe.errors import BundleError, NotFoundError, UsageError
+from trilobe.errors import BundleError, NotFoundError, ServeError, UsageError
 from trilobe.infrastructure.bundle import open_bundle
 from trilobe.infrastructure.client import Client
 from trilobe.infrastructure.packaging.installed import files_of, serving
@@ -127,29 +130,79 @@ def test_infer_needs_nothing_that_the_image_does_not_name(image, shapes, tmp_pat
     assert "No module named 'torch'" in missing.stderr, "this Python does not see what training needs"
 
 
-def test_serve_needs_nothing_that_the_image_does_not_name(image, shapes) -> None:
+def started(image: tuple[Path, list[str], dict[str, str]], **more: str) -> subprocess.Popen[str]:
+    """A container's process: the image's entry point with the word ``serve``, on any free port."""
     root, python, environment = image
     work = root / "var/holoscan"
-    settings = (work / "trilobe.toml").read_text().replace("0.0.0.0", "127.0.0.1").replace("_port = 8001", "_port = 0")
-    (work / "trilobe.toml").write_text(settings)
+    settings = (work / "trilobe.toml").read_text().replace("_port = 8001", "_port = 0")
+    (work / "trilobe.toml").write_text(settings.replace("/etc/trilobe/", f"{root}/etc/trilobe/"))
     script = f"""
 import os
 from pathlib import Path
 from trilobe.infrastructure.packaging.entry import main
 main(["serve", "--port", "0"], os.environ, Path({str(root)!r}))
 """
-    server = subprocess.Popen([*python, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*python, "-c", script], env=environment | more, stderr=subprocess.PIPE, text=True)
+
+
+@contextlib.contextmanager
+def ready(image: tuple[Path, list[str], dict[str, str]], **more: str) -> Iterator[str]:
+    """The URL of a container that serves on all addresses of this machine."""
+    server = started(image, **more)
     try:
-        state = work / ".trilobe/endpoints/tiny/state.json"
+        state = image[0] / "var/holoscan/.trilobe/endpoints/tiny/state.json"
         deadline = time.monotonic() + 60
         while not (state.exists() and json.loads(state.read_text())["state"] == "ready"):
             assert server.poll() is None and time.monotonic() < deadline, server.stderr.read()  # type: ignore[union-attr]
             time.sleep(0.1)
-        with Client(json.loads(state.read_text())["url"], "tiny") as client:
-            proba = client.infer(shapes(4, 3)[0])
-        np.testing.assert_allclose(proba.sum(axis=1), 1, rtol=1e-5)
-        assert open_bundle(root / "opt/holoscan/models/tiny").id == client.version
+        yield json.loads(state.read_text())["url"].replace("0.0.0.0", "127.0.0.1")
     finally:
         server.terminate()
         server.wait(30)
         server.stderr.close()  # type: ignore[union-attr]
+
+
+def test_serve_needs_nothing_that_the_image_does_not_name(image, shapes) -> None:
+    with ready(image, TRILOBE_OPEN="1") as url, Client(url, "tiny") as client:
+        proba = client.infer(shapes(4, 3)[0])
+        np.testing.assert_allclose(proba.sum(axis=1), 1, rtol=1e-5)
+        assert open_bundle(image[0] / "opt/holoscan/models/tiny").id == client.version
+    kept = {p.name for p in (image[0] / "var/holoscan/.trilobe").iterdir()}
+    assert kept <= {"endpoints", "captures"}, "no database to serve what is read from a folder"
+
+
+def test_an_image_takes_pictures_from_who_has_a_token(image, shapes, trilobe, tmp_path: Path) -> None:
+    """The secret is what ``trilobe token --file`` wrote; a picture is posted as it is, and answered as its pixels."""
+    from trilobe.tasks.image_classification.data import encode_png
+
+    made = trilobe("token", "web", "--file", tmp_path / "tokens.json")
+    assert made.code == 0, made.err
+    picture = shapes(1, 3)[0]
+    with ready(image, TRILOBE_TOKENS=str(tmp_path / "tokens.json")) as url:
+        with Client(url, "tiny") as client, pytest.raises(ServeError, match="401: no token came with the request"):
+            client.metadata()
+        with Client(url, "tiny", token=made.out.strip()) as client:
+            proba = client.infer(picture)
+            sent = np.array([encode_png(picture[0])], dtype=object)
+            np.testing.assert_array_equal(client.call({"image": sent})["proba"], proba)
+        for path in ("/v2/models/tiny/infer", "/invocations"):
+            headers = {"Content-Type": "image/png", "Authorization": f"Bearer {made.out.strip()}"}
+            asked = urllib.request.Request(url + path, encode_png(picture[0]), headers)
+            with urllib.request.urlopen(asked) as answer:
+                said = json.loads(answer.read())["outputs"][0]
+            np.testing.assert_allclose(said["data"], proba[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, "there is no file of tokens at "),
+        ({"TRILOBE_OPEN": "0"}, "TRILOBE_OPEN=1 serves whoever reaches the port"),
+        ({"TRILOBE_TOKENS": "/nowhere/else.json"}, "there is no file of tokens at /nowhere/else.json"),
+        ({"TRILOBE_TOKENS": "trilobe.toml"}, "trilobe.toml cannot be used"),
+    ],
+)
+def test_an_image_does_not_serve_strangers(image, more: dict[str, str], said: str) -> None:
+    server = started(image, **more)
+    _, told = server.communicate(timeout=60)
+    assert server.returncode in (1, 2) and said in told

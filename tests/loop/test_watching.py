@@ -120,6 +120,67 @@ def test_a_life(served, shapes) -> None:
     assert loop.monitor(folder).verdict in ("ok", "too_few"), "a stopped endpoint can still be looked at"
 
 
+PIPELINE = """
+[serve.pipelines.inspect]
+inputs = { photo = "BYTES[-1]" }
+outputs = { proba = "judge.proba" }
+steps.pixels = { run = "trilobe.tasks.image_classification.serve:decode_gray", inputs = { photo = "photo" } }
+steps.judge = { model = "tiny", inputs = { image = "pixels.image" } }
+"""
+
+
+def test_a_pipelines_life(trained, shapes) -> None:
+    """Image files to a pipeline: watched, found at fault, explained, asked about, and left to people."""
+    from trilobe.tasks.image_classification.data import encode_png
+
+    folder = trained.folder
+    loop.label(trained.table(folder / "all.csv"), folder)
+    trained.set("train", "steps", "150")
+    trained.set("serve", "defer_share", "0.4")
+    (folder / "trilobe.toml").write_text((folder / "trilobe.toml").read_text() + PIPELINE)
+    loop.train(folder)
+    bundle = loop.package(folder)
+    endpoint = loop.serve(project=folder, background=True)
+    usual, labels = shapes(60, 11)
+    ids: dict[str, int] = {}
+    try:
+        with Client(endpoint.url, "inspect") as client:
+            for i, image in enumerate([*usual, *(255 - usual)]):
+                sent = np.array([encode_png(image), None], object)[:1]
+                client.call({"photo": sent})
+                ids |= dict.fromkeys(filter(None, client.deferred), i)
+                if i == 59:
+                    captured(folder, 60)
+                    with pytest.raises(NotFoundError, match=r"answered as 'nope' was captured(.|\n)*\['inspect'\]"):
+                        loop.monitor(folder, model="nope")
+                    window = loop.monitor(folder, model="inspect")
+                    assert (window.verdict, window.n) == ("ok", 60)
+                    assert loop.monitor(folder).verdict == "too_few", "the endpoint's own was not called by its name"
+            captured(folder, 120)
+            window = loop.monitor(folder, model="inspect")
+            assert window.verdict == "alarm" and {f.bundle_id for f in window.findings} == {bundle.id}
+            assert len(loop.explain(folder, n=2)) >= 2
+            assert len(loop.query(folder, n=3, finding="newest")) == 3
+            assert "findings" in loop.report(folder).read_text()
+
+            first = [id_ for id_, i in ids.items() if i < 60]
+            assert first and loop.show(project=folder)["waiting"] == len(ids)
+            loop.query(folder, n=len(ids) + 3)
+            truth = {usual[i].tobytes(): labels[i] for i in range(60)} | {
+                (255 - usual[i]).tobytes(): labels[i] for i in range(60)
+            }
+            with loop.opened(folder) as p:
+                of = {e.id: i.tobytes() for e, i in zip(p.store.examples(), p.items(p.store.examples()), strict=True)}
+            names = ("bar", "cross", "dot")
+            loop.label(lambda q, e, who: (Response("class", (names[truth[of[e.id]]],)), 1.0), folder)
+            assert loop.deliver(folder).answered == len(ids)
+            for id_ in first:
+                said = client.answer(id_)
+                assert said is not None and said["answer"] == names[labels[ids[id_]]] and said["model"] == "inspect"
+    finally:
+        loop.serve(project=folder, stop=True)
+
+
 def bad_requests(url: str, client: Client) -> None:
     """Each but the first is refused with its reason, and the server goes on."""
     image = {"name": "image", "datatype": "UINT8", "shape": [1, 8, 8, 1]}

@@ -11,6 +11,7 @@ import logging
 import re
 import shlex
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -40,8 +41,9 @@ def command(name: str) -> click.Command:
         *(_parameter(p, args.get(p.name, ""), positional=i < first) for i, p in enumerate(signature)),
         click.Option(["--json", "as_json"], is_flag=True, help="print the result as JSON, for machines"),
     ]
-    positional = "\n".join(f"  {p.human_readable_name}: {args[p.name or '']}" for p in parameters
-                           if isinstance(p, click.Argument) and p.name in args)  # fmt: skip
+    named = [f"{p.human_readable_name}: {args[p.name or '']}" for p in parameters
+             if isinstance(p, click.Argument) and p.name in args]  # fmt: skip
+    positional = "\n".join(textwrap.fill(said, 76, initial_indent="  ", subsequent_indent="    ") for said in named)
     text = summary + (f"\n\n\b\nArguments:\n{positional}" if positional else "")
     return click.Command(
         name, callback=_callback(function), params=parameters, help=text, short_help=summary.split("\n")[0],

@@ -2,13 +2,14 @@
 
 A segment is ``<folder>/<endpoint>/<nanoseconds>-<pid>.captures-v1``; each process writes its own, so none locks. A
 record is the length of its body (4 bytes, little-endian), the CRC-32 of its body (4 bytes) and the body, a msgpack
-map. Writing is a side job: it may lose records when the disk is full, never a request. Reading skips whatever a
-killed process or a failing disk left behind.
+map; what only some records have is left out of the others. Writing is a side job: it may lose records when the disk is
+full, never a request. Reading skips whatever a killed process or a failing disk left behind.
 """
 
 import heapq
 import logging
 import os
+import re
 import time
 import zlib
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ _HEAD = Struct("<II")
 logger = logging.getLogger(__name__)
 
 
-class _Record(msgspec.Struct, frozen=True):
+class _Record(msgspec.Struct, frozen=True, omit_defaults=True):
     id: str
     at: float
     bundle_id: str
@@ -39,10 +40,13 @@ class _Record(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
     input: bytes
     proba: bytes
+    model: str = ""
+    live: str = ""
+    live_proba: bytes = b""
 
 
-# Every body begins like this (a map of seven, whose first key is "id"): where to pick up after a damaged record.
-_MARK = b"\x87\xa2id"
+# Every body begins like this (a map of seven to ten, whose first key is "id"): where to pick up after a damaged record.
+_MARK = re.compile(rb"[\x87-\x8a]\xa2id")
 
 
 class CaptureLog:
@@ -76,24 +80,36 @@ class CaptureLog:
         self._synced_at = 0.0
         self._reported = False
 
-    def append(self, bundle_id: str, inputs: NDArray[Any], proba: ArrayLike) -> int:
+    def append(
+        self,
+        bundle_id: str,
+        inputs: NDArray[Any],
+        proba: ArrayLike,
+        model: str = "",
+        live: str = "",
+        live_proba: ArrayLike | None = None,
+    ) -> int:
         """Keep each of the n items of ``inputs`` ``(n, ...)`` and ``proba`` ``(n, n_classes)`` with chance ``rate``.
 
-        Items are arrays of numbers, or bytes (an object array), which are kept as arrays of unsigned bytes.
+        Items are arrays of numbers, or bytes (an object array), which are kept as arrays of unsigned bytes. The rest is
+        as in :class:`~trilobe.types.Capture`; ``live_proba`` is ``(n, any number of classes)``.
 
         Returns how many were written. Never raises for the disk's sake: what cannot be written is counted in
         ``dropped`` and reported once on the log. Arrays that do not match, or that are not numbers, raise
         :class:`~trilobe.errors.UsageError`.
         """
         replies = np.asarray(proba, dtype="<f4")
-        if inputs.ndim < 1 or replies.ndim != 2 or len(inputs) != len(replies) or not _kept(inputs):
+        beside = None if live_proba is None else np.asarray(live_proba, dtype="<f4")
+        shapes = [array.shape for array in (replies, beside) if array is not None]
+        if inputs.ndim < 1 or any(len(s) != 2 or s[0] != len(inputs) for s in shapes) or not _kept(inputs):
             raise UsageError(
-                f"captures of inputs {inputs.shape} {inputs.dtype} and replies {replies.shape}",
+                f"captures of inputs {inputs.shape} {inputs.dtype} and replies {', '.join(map(str, shapes))}",
                 expected="numbers (n, ...), or bytes (n,), and (n, n_classes)",
             )
         written = 0
         for i in np.flatnonzero(self._rng.random(len(inputs)) < self.rate):
-            written += self._write(record(token_hex(8), time.time(), bundle_id, inputs, replies, int(i)))
+            data = record(token_hex(8), time.time(), bundle_id, inputs, replies, int(i), model, live, beside)
+            written += self._write(data)
         return written
 
     def close(self) -> None:
@@ -152,7 +168,17 @@ class CaptureLog:
             )
 
 
-def record(id_: str, at: float, bundle_id: str, inputs: NDArray[Any], replies: FloatArray, i: int) -> bytes:
+def record(
+    id_: str,
+    at: float,
+    bundle_id: str,
+    inputs: NDArray[Any],
+    replies: FloatArray,
+    i: int,
+    model: str = "",
+    live: str = "",
+    live_replies: FloatArray | None = None,
+) -> bytes:
     """Item ``i`` of a request and its reply, as it stands in a segment (or in a file of its own).
 
     Bytes are kept as arrays of unsigned bytes. :func:`read_record` is the inverse.
@@ -166,8 +192,9 @@ def record(id_: str, at: float, bundle_id: str, inputs: NDArray[Any], replies: F
         item = np.frombuffer(inputs[i], np.uint8)
     else:
         item = inputs[i, ...]  # an array even where items are single numbers: those would lose their byte order
+    said, beside = (b"" if r is None else r[i].astype("<f4").tobytes() for r in (replies, live_replies))
     body = msgspec.msgpack.encode(
-        _Record(id_, at, bundle_id, item.dtype.str, item.shape, item.tobytes(), replies[i].astype("<f4").tobytes())
+        _Record(id_, at, bundle_id, item.dtype.str, item.shape, item.tobytes(), said, model, live, beside)
     )
     return _HEAD.pack(len(body), zlib.crc32(body)) + body
 
@@ -186,9 +213,16 @@ def read_record(data: bytes, endpoint: str) -> Capture | None:
 
 
 def read_captures(
-    folder: Path, endpoint: str | None = None, since: float = 0.0, bundle_id: str | None = None, last: int | None = None
+    folder: Path,
+    endpoint: str | None = None,
+    since: float = 0.0,
+    bundle_id: str | None = None,
+    last: int | None = None,
+    model: str | None = None,
 ) -> list[Capture]:
     """The captures under ``folder``, oldest first; of one ``endpoint``, of one bundle, from ``since`` (seconds) on.
+
+    ``model`` keeps what was asked under that name ("": the endpoint's own).
 
     ``last`` keeps only that many of the newest. Safe while servers write; torn and damaged records are skipped. A
     folder that does not exist holds no captures.
@@ -201,7 +235,9 @@ def read_captures(
         for path in sorted(folder.glob(f"*/*{SUFFIX}"))
         if endpoint is None or path.parent.name == endpoint
         for capture in _read_segment(path)
-        if capture.at >= since and (bundle_id is None or capture.bundle_id == bundle_id)
+        if capture.at >= since
+        and (bundle_id is None or capture.bundle_id == bundle_id)
+        and (model is None or capture.model == model)
     )
     if last is None:
         return sorted(found, key=_age)
@@ -220,7 +256,8 @@ def _age(capture: Capture) -> tuple[float, str]:
 def _read_segment(path: Path) -> Iterator[Capture]:
     data = path.read_bytes()
     at = 0
-    while (body := data.find(_MARK, at + _HEAD.size)) >= 0:
+    while found := _MARK.search(data, at + _HEAD.size):
+        body = found.start()
         size, crc = _HEAD.unpack_from(data, body - _HEAD.size)
         at = body + size
         if at > len(data) or zlib.crc32(data[body:at]) != crc:
@@ -234,6 +271,7 @@ def _capture(endpoint: str, body: bytes) -> Capture | None:
     try:
         r = msgspec.msgpack.decode(body, type=_Record)
         item = np.frombuffer(r.input, np.dtype(r.dtype)).reshape(r.shape)
-        return Capture(r.id, endpoint, r.bundle_id, r.at, item, np.frombuffer(r.proba, "<f4"))
+        beside = np.frombuffer(r.live_proba, "<f4") if r.live_proba else None
+        return Capture(r.id, endpoint, r.bundle_id, r.at, item, np.frombuffer(r.proba, "<f4"), r.model, r.live, beside)
     except (msgspec.MsgspecError, ValueError, TypeError):
         return None

@@ -155,7 +155,9 @@ class Client:
             if reused and isinstance(error, (ConnectionError, http.client.RemoteDisconnected)):
                 return self._call(method, path, body, headers)  # on a fresh connection, so once
             reason = str(error) or type(error).__name__
-            raise ServeError(f"{self.url} does not answer ({reason})", hint="see the endpoint's status") from error
+            raise ServeError(
+                f"{self.url} does not answer ({reason})", hint="trilobe show: is it running, and at this address?"
+            ) from error
         if response.status not in (200, 202):
             raise ServeError(f"{self.url} answered {response.status}: {_message(data)}")
         return int(response.headers.get("Inference-Header-Content-Length", len(data))), data

@@ -3,7 +3,8 @@
 Two folders beside the endpoint's state. ``waiting/ID`` is an item with what the model made of it (one record, as in a
 segment of captures): written by the server before the client hears the ID, read when questions are made. It goes when
 all is done. ``answers/ID.json`` is what the client gets: written once, never changed. A file is whole or absent, any
-number of processes may look, and nothing here is locked.
+number of processes may look, and nothing here is locked. How many items may wait is bounded: beyond that none is put
+here any more, while whatever was promised to somebody stays.
 
 What waits is no capture: captures are a fair sample of the traffic, which monitoring relies on, and these are not.
 """
@@ -28,12 +29,16 @@ from trilobe.infrastructure.capture import read_record, record
 from trilobe.types import Capture, FloatArray
 
 SYNC_SECONDS = 1.0
+LIMIT = 10_000  # items that may wait
+LOOK_SECONDS = 1.0  # how old a count of what waits may be
 _ID = re.compile(r"[0-9a-f]{32}")
 logger = logging.getLogger(__name__)
 
 
 class Desk:
     """The desk of the endpoint whose state is in ``folder``; one thread at a time may :meth:`keep`.
+
+    At most ``limit`` items wait on it. Several processes may each put one more there at the same moment.
 
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
@@ -48,23 +53,32 @@ class Desk:
     >>> folder.cleanup()
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, limit: int = LIMIT) -> None:
         self.folder, self._waiting, self._answers = folder, folder / "waiting", folder / "answers"
-        self._synced_at = -SYNC_SECONDS
-        self._reported = False
+        self.limit = limit
+        self._synced_at = self._counted_at = -max(SYNC_SECONDS, LOOK_SECONDS)
+        self._room = 0
+        self._reported = self._full = False
 
-    def keep(self, bundle_id: str, inputs: NDArray[Any], replies: FloatArray, rows: Sequence[int]) -> list[str]:
+    def keep(
+        self, bundle_id: str, inputs: NDArray[Any], replies: FloatArray, rows: Sequence[int], model: str = ""
+    ) -> list[str | None]:
         """Put those ``rows`` of a request ``(n, ...)`` and of its replies ``(n, n_classes)`` here: the id of each.
 
-        Ids are 32 hexadecimal digits: the time, by which they sort, and 64 random bits, which nobody guesses. What
-        cannot be written gets none (""), and the first time that is said in the log.
+        ``model`` is the name that was called, where it is not the endpoint's own. Ids are 32 hexadecimal digits: the
+        time, by which they sort, and 64 random bits, which nobody guesses. What cannot be written gets none (""); that
+        is said in the log, the first time. Neither does that for which there is no room (None), which is said whenever
+        the desk becomes full.
         """
-        ids = []
+        ids: list[str | None] = []
         for row in rows:
+            if not self._take_room():
+                ids.append(None)
+                continue
             at = time.time_ns()
             id_ = f"{at:016x}{token_hex(8)}"
             try:
-                self._put(id_, record(id_, at / 1e9, bundle_id, inputs, replies, row))
+                self._put(id_, record(id_, at / 1e9, bundle_id, inputs, replies, row, model))
             except OSError as error:
                 if not self._reported:
                     self._reported = True
@@ -72,6 +86,34 @@ class Desk:
                 id_ = ""
             ids.append(id_)
         return ids
+
+    def _take_room(self) -> bool:
+        """Whether one more may wait. Looks into the folder when what it knows is used up or, while full, a second old.
+
+        A process uses up an eighth of the room before it looks again: others fill the same folder.
+        """
+        if self._room <= 0 and not (self._full and time.monotonic() - self._counted_at < LOOK_SECONDS):
+            waiting = self._count()
+            self._counted_at = time.monotonic()
+            self._room = -(-(self.limit - waiting) // 8)
+            if self._room <= 0 and not self._full:
+                self._full = True
+                logger.warning(
+                    "%d items wait for people at %s: what is in doubt is answered without them until some are answered"
+                    " (trilobe query, trilobe deliver; serve.max_waiting is %d)",
+                    waiting, self.folder.name, self.limit,
+                )  # fmt: skip
+            elif waiting <= 0.9 * self.limit:  # not at the first that goes: one comes and goes is no news
+                self._full = False
+        self._room -= 1
+        return self._room >= 0
+
+    def _count(self) -> int:
+        try:
+            with os.scandir(self._waiting) as entries:
+                return sum(_ID.fullmatch(entry.name) is not None for entry in entries)
+        except OSError:  # not there yet; or not readable, which whoever writes will hear
+            return 0
 
     def _put(self, id_: str, data: bytes) -> None:
         """Outlives the end of this process, however it ends. A power cut too, unless very much is put here at once."""
@@ -146,18 +188,22 @@ def doubted(replies: NDArray[Any], threshold: float) -> list[int]:
     return np.flatnonzero(replies.max(axis=1) < threshold).tolist()
 
 
-def parameters(n: int, rows: Sequence[int], ids: Sequence[str]) -> dict[str, Any]:
+def parameters(n: int, rows: Sequence[int], ids: Sequence[str | None]) -> dict[str, Any]:
     """What an answer of ``n`` rows says about those left to people, in the kinds of value that the protocol allows.
 
     ``deferred`` is a boolean for one row, and a list in JSON for several; ``deferred_ids`` are the ids of all rows,
-    separated by commas, nothing for those that are answered.
+    separated by commas, nothing for those that are answered. Of what is in doubt and has no room on the desk (the id
+    None) nothing is said: it is null in the list.
 
-    >>> parameters(1, [0], ["a1"]), parameters(1, [], [])
-    ({'deferred': True, 'deferred_ids': 'a1'}, {'deferred': False})
-    >>> parameters(3, [2], ["a1"])
-    {'deferred': '[false,false,true]', 'deferred_ids': ',,a1'}
+    >>> parameters(1, [0], ["a1"]), parameters(1, [], []), parameters(1, [0], [None])
+    ({'deferred': True, 'deferred_ids': 'a1'}, {'deferred': False}, {})
+    >>> parameters(3, [1, 2], [None, "a1"])
+    {'deferred': '[false,null,true]', 'deferred_ids': ',,a1'}
     """
     all_ids = dict(zip(rows, ids, strict=True))
-    flags = [row in all_ids for row in range(n)]
-    said: dict[str, Any] = {"deferred": flags[0] if n == 1 else msgspec.json.encode(flags).decode()}
-    return {**said, "deferred_ids": ",".join(all_ids.get(row, "") for row in range(n))} if any(ids) else said
+    flags = [None if all_ids.get(row, "") is None else row in all_ids for row in range(n)]
+    if n == 1:
+        said: dict[str, Any] = {} if flags[0] is None else {"deferred": flags[0]}
+    else:
+        said = {"deferred": msgspec.json.encode(flags).decode()}
+    return {**said, "deferred_ids": ",".join(all_ids.get(row) or "" for row in range(n))} if any(ids) else said

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trilobe.errors import UsageError
-from trilobe.infrastructure.serve.access import Grant, create_token, list_tokens, revoke_token
+from trilobe.infrastructure.serve.access import FILE, Grant, create_token, list_tokens, revoke_token
 from trilobe.loop.project import Project, opened, tell
 
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
@@ -22,6 +22,7 @@ def token(
     expires: str = "",
     list: bool = False,
     revoke: bool = False,
+    file: "Path | str" = "",
 ) -> "str | Sequence[Grant]":
     """Give a client a token for an endpoint, take its tokens back, or list who may do what.
 
@@ -35,10 +36,11 @@ def token(
         name: the endpoint's name; the project's name by default.
         scopes: infer (ask for predictions; the default), metrics (read figures), admin (load and unload models).
         models: names of models it is held to; all of them by default.
-        max_pending: requests it may have under way at once, in each worker; 0 for any number.
+        max_pending: requests it may have under way at once, in all workers together; 0 for any number.
         expires: when it ends, as a time from now: 12h, 90d, 1y; never by default.
         list: show who may do what, without secrets.
         revoke: take back all tokens of the client.
+        file: keep the tokens in this file, without a project: for a packaged model, which finds it as a secret.
 
     Returns:
         The new token; with ``list`` or ``revoke`` the grants that are, or that were taken back.
@@ -50,6 +52,7 @@ def token(
         trilobe token web --scopes infer,metrics --expires 90d
         trilobe token --list
         trilobe token web --revoke
+        trilobe token web --file tokens.json
     """
     if bool(client) == list or (revoke and not client):
         raise UsageError(
@@ -57,13 +60,18 @@ def token(
             expected="a client to give a token to, or --list",
             hint="trilobe token CLIENT --scopes infer",
         )
-    with opened(project) as p:
-        folder = p.endpoint_folder(name or None)
+    if file:
+        place = Path(file)
+    else:
+        with opened(project) as p:
+            place = p.endpoint_folder(name or None) / FILE
     if list:
-        return list_tokens(folder)
+        return list_tokens(place.parent, place.name)
     if revoke:
-        return revoke_token(folder, client)
-    made = create_token(folder, client, scopes or ("infer",), models, max_pending, _time(expires))
+        return revoke_token(place.parent, client, place.name)
+    made = create_token(
+        place.parent, client, scopes or ("infer",), models, max_pending, _time(expires), file=place.name
+    )
     tell("keep it, it is shown only now" if made else f"who shows a certificate of {client[3:]!r} may come in")
     return made
 

@@ -63,7 +63,9 @@ def _answers(p: Project) -> tuple[list[Answer], AnswerTable]:
     pool = {e.id for e in p.store.examples("pool")}
     said = [a for a in p.store.answers() if a.example_id in pool]
     if not said:
-        raise NotEnoughData("there are no answers yet", hint="trilobe query, then trilobe label")
+        asked = p.store.questions(open_only=True)
+        hint = "trilobe label: there are open questions" if asked else "trilobe query, then trilobe label"
+        raise NotEnoughData("there are no answers yet", hint=hint)
     return said, AnswerTable.from_answers(said, p.space, lambda a: p.possible(a.response, a.example_id))
 
 

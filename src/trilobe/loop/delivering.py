@@ -62,7 +62,9 @@ def deliver(project: "Project | Path | str" = ".") -> Delivered:
                 answer = answers.get(known.get(id_, "?"))
                 if answer is None:
                     continue
-                data = desk.give(id_, {"id": id_, "model": desk.folder.name, "status": "answered", **answer})
+                item = desk.item(id_)
+                model = (item.model if item is not None else "") or desk.folder.name
+                data = desk.give(id_, {"id": id_, "model": model, "status": "answered", **answer})
                 answered += 1
             sent = send(id_, data) if send is not None else Posted(True)
             if sent.accepted:

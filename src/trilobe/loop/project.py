@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,12 +18,13 @@ from numpy.typing import NDArray
 from trilobe import __version__, config, tasks
 from trilobe.config import Config
 from trilobe.errors import NotEnoughData, NotFoundError, UsageError
-from trilobe.infrastructure.store import Store
 from trilobe.rows import apply, as_rows
 from trilobe.types import GOLD, BoolArray, Capture, Example, Finding, FloatArray, LabelSpace, Model, Response
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from trilobe.infrastructure.store import Store
 
 STATE = ".trilobe"
 AT_ONCE = 4096  # examples that one worker predicts at a time
@@ -106,8 +108,19 @@ class Project:
 
     folder: Path
     config: config.Config
-    store: Store
     _arrays: dict[str, dict[str, FloatArray]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def store(self) -> "Store":
+        """Everything remembered, opened when first needed: who serves a bundle by its path needs no database."""
+        from trilobe.infrastructure.store import Store
+
+        return Store.open(self.state, self.config.project.store or None)
+
+    def close(self) -> None:
+        """Let go of the store."""
+        if "store" in vars(self):
+            self.store.close()
 
     @property
     def state(self) -> Path:
@@ -273,8 +286,8 @@ def opened(project: "Project | Path | str") -> Iterator[Project]:
     settings = config.load(folder)
     if not (folder / STATE).exists():
         raise NotFoundError(f"{folder.resolve()} has no {STATE} folder", expected="a project", hint="trilobe init")
-    with Store.open(folder / STATE, settings.project.store or None) as store:
-        yield Project(folder, settings, store)
+    with contextlib.closing(Project(folder, settings)) as found:
+        yield found
 
 
 def annotators(project: Project) -> list[Mapping[str, Any]]:

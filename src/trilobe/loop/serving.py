@@ -1,6 +1,9 @@
 """``serve``: a bundle answers under a name, beside others if need be, and is replaced without a failed request."""
 
+import contextlib
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +14,7 @@ from trilobe.infrastructure.bundle import open_bundle
 from trilobe.infrastructure.deferral import chooser
 from trilobe.infrastructure.endpoint import Wish
 from trilobe.infrastructure.serve import Batching, Flow, Function, Node, Settings, graph, serve_forever
+from trilobe.infrastructure.serve.access import is_loopback
 from trilobe.infrastructure.serve.graph import find
 from trilobe.loop.project import Project, opened, tell
 from trilobe.types import Bundle, Endpoint
@@ -69,8 +73,7 @@ def serve(
             raise UsageError(f"capture = {capture}", expected="a share from 0 to 1")
         how_served = _settings(settings, p.folder)
         if engine == "ray":
-            wishes = {"": Wish(str(chosen.path.resolve()))}
-            wishes |= {other: Wish(str(_bundle(p, source).path.resolve())) for other, source in settings.models.items()}
+            wishes = {n: Wish(str(b.path.resolve())) for n, b in {"": chosen, **_beside(p)}.items()}
             return _serve_on_ray(p, name, wishes, port or 8000, capture, how_served)
         if _running(folder):
             tell(f"replacing what is behind {name!r}" if not (canary or shadow) else f"trying it beside {name!r}")
@@ -80,16 +83,17 @@ def serve(
             return replaced
         if canary or shadow:
             raise ServeError(f"endpoint {name!r} is not running", hint="trilobe serve --background first")
-        endpoints.deploy(folder, chosen.path)
-        for other, source in settings.models.items():
-            endpoints.deploy(folder, _bundle(p, source).path, other)
+        _deploy(folder, {"": chosen, **_beside(p)}, how_served.repository)
         if background:
+            if not (is_loopback(settings.host) or how_served.tls):
+                tell(f"serving on {settings.host} without TLS: requests, answers and tokens can be read on the way")
             where = ["--project", str(p.folder.resolve()), "--name", name]
             how = ["--port", str(port), "--capture", str(capture)]
             command = [sys.executable, "-m", "trilobe", "serve", str(chosen.path.resolve()), *where, *how]
             return endpoints.start(folder, name, command)
         task, captures = p.task, p.captures
-    tell(f"serving {name!r}; interrupt with Ctrl-C")
+    if not how_served.json_log:  # else every line is JSON
+        tell(f"serving {name!r}; interrupt with Ctrl-C")
     serve_forever(folder, name, task.servable, captures, settings.host, port, capture, settings.max_body, how_served)
     return endpoints.status(folder)
 
@@ -99,15 +103,21 @@ def _serve_on_ray(p: Project, name: str, wishes: dict[str, Wish], port: int, cap
 
     tell(f"serving {name!r} on Ray; interrupt with Ctrl-C")
     host = p.config.serve.host
-    serve_on_ray_forever(name, p.task.servable, wishes, host, port, p.captures, capture, p.config.serve.max_body, how)
+    limit = p.config.serve.max_body
+    folder = p.endpoint_folder(name)
+    serve_on_ray_forever(name, p.task.servable, wishes, host, port, p.captures, capture, limit, how, folder)
     return Endpoint(name, f"http://{host}:{port}", "", "stopped")
 
 
 def _settings(section: ServeSection, base: Path) -> Settings:
-    """What ``[serve]`` says, with paths that begin at the project's folder."""
+    """What ``[serve]`` says, with paths that begin at the project's folder.
+
+    In a container the environment is at hand where the settings are not: ``TRILOBE_TOKENS``, ``TRILOBE_OPEN=1``.
+    """
     if bool(section.tls_cert) != bool(section.tls_key):
         raise ConfigError("serve.tls_cert and serve.tls_key come together", expected="both, or neither")
     authority = base / section.tls_client_ca if section.tls_client_ca else None
+    tokens = os.environ.get("TRILOBE_TOKENS") or section.tokens
     return Settings(
         workers=section.workers,
         threads=section.threads,
@@ -116,11 +126,13 @@ def _settings(section: ServeSection, base: Path) -> Settings:
         flows=pipelines(section, base),
         batching={"": Batching(section.max_batch, section.max_pending, section.delay, limit=section.limit)},
         tls=(base / section.tls_cert, base / section.tls_key, authority) if section.tls_cert else None,
-        open=section.open,
+        tokens=base / tokens if tokens else None,
+        open=section.open or os.environ.get("TRILOBE_OPEN") == "1",
         max_memory=section.max_memory * 1024 * 1024,
         log_share=section.log_share,
         json_log=section.log == "json",
         defer=chooser(section.defer_error, section.defer_share),
+        max_waiting=section.max_waiting,
     )
 
 
@@ -161,9 +173,29 @@ def _pipeline(name: str, declared: PipelineSection) -> Flow:
         raise ConfigError(f"{where}: {error.problem}", expected=error.expected, hint=error.hint) from error
 
 
-def _bundle(p: Project, bundle: str) -> Bundle:
-    if bundle and (Path(bundle) / "manifest.json").exists():
-        return open_bundle(Path(bundle))
+def _beside(p: Project) -> dict[str, Bundle]:
+    """The bundles that ``[serve.models]`` names, by the names they shall have."""
+    return {name: _bundle(p, source, p.folder) for name, source in p.config.serve.models.items()}
+
+
+def _deploy(folder: Path, bundles: Mapping[str, Bundle], repository: Path | None) -> None:
+    """Wish for these alone, and for what clients have loaded from the repository."""
+
+    def kept(name: str, wish: Wish) -> bool:
+        loaded = repository is not None and Path(wish.bundle).is_relative_to(repository.resolve())
+        return name in bundles or loaded
+
+    with contextlib.suppress(NotFoundError):  # nothing was wished for yet
+        endpoints.read_desired(folder)
+        endpoints.wish_for(folder, lambda models: {name: w for name, w in models.items() if kept(name, w)})
+    for name, bundle in bundles.items():
+        endpoints.deploy(folder, bundle.path, name)
+
+
+def _bundle(p: Project, bundle: str, base: Path = Path()) -> Bundle:
+    """A bundle by id or by path; what the settings name begins at the project's folder (``base``)."""
+    if bundle and (base / bundle / "manifest.json").exists():
+        return open_bundle(base / bundle)
     try:
         return open_bundle(p.store.bundle(bundle or None).path)
     except NotFoundError as e:

@@ -227,7 +227,8 @@ def _monitoring(p: Project, told: Mapping[str, Any]) -> page.Monitoring | None:
         bundle = next((b for b in p.store.bundles() if b.id == f.bundle_id), p.store.bundles()[-1])
         counts = np.array(read_json(bundle, "baseline.json")["class_counts"], dtype=float)
         baseline = tuple((counts / counts.sum()).tolist())
-        seen = _window_counts(p, f.n, f.created_at, f.bundle_id, captures)
+        of = next((c.model for c in captures if c.id in f.capture_ids), "")  # under which name that was asked
+        seen = _window_counts(p, f.n, f.created_at, f.bundle_id, [c for c in captures if c.model == of])
         window = tuple(Estimate.of_counts(c, int(k), int(seen.sum())) for c, k in zip(names, seen, strict=True))
         flagged = tuple(c for c, w, b in zip(names, window, baseline, strict=True) if w.low > b)
     alarms = clean.get("false_alarms")

@@ -71,10 +71,16 @@ def _overview(p: Project) -> dict[str, Any]:
     }
     for folder in sorted((p.state / "endpoints").glob("*")):
         with contextlib.suppress(NotFoundError):  # one that never came up
-            out["endpoints"].append(_fields(endpoints.status(folder)))
+            out["endpoints"].append(_fields(endpoints.status(folder)) | _why(endpoints.read_state(folder)))
     out["waiting"], unasked = waiting(p)  # for people
     out["next"] = "trilobe query" if unasked else _next(p, out)
     return out
+
+
+def _why(state: endpoints.State) -> dict[str, str]:
+    """What does not answer behind an endpoint, or why the last bundle was refused; nothing where all is well."""
+    why = state.error or "; ".join(f"{name}: {model.error}" for name, model in state.models.items() if model.error)
+    return {"why": why} if why else {}
 
 
 def _next(p: Project, now: Mapping[str, Any]) -> str:

@@ -29,7 +29,11 @@ class Explained:
 
 
 def monitor(
-    project: "Project | Path | str" = ".", name: str = "", last: int | None = None, since: float = 0.0
+    project: "Project | Path | str" = ".",
+    name: str = "",
+    last: int | None = None,
+    since: float = 0.0,
+    model: str = "",
 ) -> Window:
     """Hold what an endpoint captured against the baseline in its bundle, and keep what is found.
 
@@ -42,18 +46,21 @@ def monitor(
         name: the endpoint; the project's by default.
         last: how many of the newest captures make the window; monitor.window by default.
         since: only captures from this time on (seconds since 1970).
+        model: a model or a pipeline served beside the endpoint's own, by its name: what was asked under that name is
+            held against the bundle that gave its newest answer.
 
     Returns:
         The verdict, with its findings (kept, see ``trilobe show findings``).
 
     Example:
         trilobe monitor --last 200
+        trilobe monitor --model inspect
     """
     positive(last=last)
     with opened(project) as p:
         name = name or p.config.project.name
-        bundle, settings = serving(p, name), p.config.monitor
-        captures = read_captures(p.captures, name, since, bundle.id, last or settings.window)
+        bundle, settings = serving(p, name, model), p.config.monitor
+        captures = read_captures(p.captures, name, since, bundle.id, last or settings.window, model)
         baseline = Baseline.from_json({k: v for k, v in read_json(bundle, "baseline.json").items() if k != "on"})
         window = find(baseline, captures, p.task.watched_space(p.space), settings.alpha, settings.share, seed=p.seed)
         known = {f.id for f in p.store.findings(name)}
@@ -61,21 +68,38 @@ def monitor(
         return window
 
 
-def serving(p: Project, name: str) -> Bundle:
-    """The bundle behind an endpoint now (or when it was last running)."""
+def serving(p: Project, name: str, model: str = "") -> Bundle:
+    """The bundle behind an endpoint now (or when it was last running); of another ``model``, the last that answered."""
     from trilobe.infrastructure.bundle import open_bundle
 
     try:
         bundle_id = endpoints.status(p.endpoint_folder(name)).bundle_id
     except NotFoundError as e:
         raise NotFoundError(f"no endpoint {name!r}", expected="one that was started", hint="trilobe serve") from e
+    if model:
+        bundle_id = _answered_last(p, name, model)
     return open_bundle(_bundle_path(p, name, bundle_id))
+
+
+def _answered_last(p: Project, name: str, model: str) -> str:
+    captures = [c for c in read_captures(p.captures, name, model=model) if c.bundle_id and not c.live]
+    if not captures:
+        known = sorted({c.model for c in read_captures(p.captures, name) if c.model and c.bundle_id})
+        raise NotFoundError(
+            f"nothing that a bundle answered as {model!r} was captured at {name!r}",
+            expected=f"one of {known}" if known else "a model or a pipeline whose answers were captured",
+        )
+    return captures[-1].bundle_id
 
 
 def _bundle_path(p: Project, name: str, bundle_id: str) -> Path:
     """Where the bundle of an endpoint lies; it may have been served from a path the store never saw."""
     found = [b.path for b in p.store.bundles() if b.id == bundle_id]
-    return found[-1] if found else Path(endpoints.read_desired(p.endpoint_folder(name)).models[""].bundle)
+    if found:
+        return found[-1]
+    wishes = endpoints.read_desired(p.endpoint_folder(name)).models
+    same = [wish.bundle for wish in wishes.values() if wish.bundle_id == bundle_id]
+    return Path(same[0] if same else wishes[""].bundle)
 
 
 def explain(project: "Project | Path | str" = ".", finding: str = "newest", n: int = 6) -> list[Explained]:

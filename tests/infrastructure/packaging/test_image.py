@@ -1,7 +1,9 @@
 """Images of bundles and applications: what is where, the same twice, and nothing that cannot run is written."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trilobe.config import parse
 from trilobe.errors import BundleError, DataError, UsageError
@@ -18,7 +22,7 @@ from trilobe.infrastructure.bundle import write_bundle as write_folder
 from trilobe.infrastructure.packaging import image as images
 from trilobe.infrastructure.packaging.application import Application, Flow, Operator
 from trilobe.infrastructure.packaging.image import write_application, write_bundle
-from trilobe.infrastructure.packaging.installed import Package, serving
+from trilobe.infrastructure.packaging.installed import Package, compiled, serving, tree
 from trilobe.infrastructure.packaging.map import read_app, read_pkg
 from trilobe.infrastructure.packaging.resources import Resources, resource
 from trilobe.types import Bundle
@@ -48,6 +52,8 @@ def test_what_is_where(bundle: Bundle, tmp_path: Path, unpack: Callable[[Path], 
     assert bill["metadata"]["component"]["version"] == bundle.id
     settings = parse(image.files["var/holoscan/trilobe.toml"].decode())
     assert settings.project.task == "image_classification" and settings.serve.port == 8000
+    assert settings.serve.tokens == "/etc/trilobe/tokens.json" and not settings.serve.open
+    assert not any(name.endswith("tokens.json") for name in image.files), "it comes with the container, not the image"
     for folder in ("", "/input", "/output", "/logs", "/.trilobe"):
         assert image.members[f"var/holoscan{folder}"].uid == 65532
 
@@ -92,6 +98,53 @@ print(write_bundle(open_bundle(Path({str(bundle.path)!r})), Path({str(tmp_path /
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
     with pytest.raises(UsageError, match="SOURCE_DATE_EPOCH = 'yesterday'"):
         write_bundle(bundle, tmp_path / "never")
+
+
+def test_bytecode_is_the_same_wherever_it_is_made(tmp_path: Path) -> None:
+    """From another folder, with another seed of hashes, and with other modules loaded, which share their constants."""
+    import trilobe
+
+    home = Path(trilobe.__file__).parent
+    copied = shutil.copytree(home, tmp_path / "trilobe", ignore=shutil.ignore_patterns("__pycache__"))
+    here = {name: read() for name, read in compiled(tree(home)).items() if name.endswith(".pyc")}
+    script = f"""
+import hashlib, sys, scipy.special, sqlalchemy, onnxruntime
+from pathlib import Path
+from trilobe.infrastructure.packaging.installed import compiled, tree
+for name, read in compiled(tree(Path({str(copied)!r}))).items():
+    if name.endswith(".pyc"):
+        print(hashlib.sha256(read()).hexdigest(), name)
+"""
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "".join(f"{hashlib.sha256(data).hexdigest()} {name}\n" for name, data in here.items())
+    assert len(here) > 100
+
+
+def test_what_runs_is_the_bytecode(tmp_path: Path) -> None:
+    """It is not compiled again, though its source is older, newer or another by the clock; traces name the source."""
+    files = compiled({"kept.py": lambda: b"def f():\n    return 1 / 0\nvalue = 'from bytecode'\n"})
+    for name, read in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(read())
+    os.utime(tmp_path / "kept.py", (2e9, 2e9))
+    script = "import kept, traceback; print(kept.value, kept.f.__code__.co_filename)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    run = [sys.executable, "-v", "-c", script]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
+    assert done.stdout == f"from bytecode {tmp_path / 'kept.py'}\n"
+    assert f"kept.{sys.implementation.cache_tag}.pyc matches" in done.stderr or "code object from" in done.stderr
+    (tmp_path / "kept.py").write_text("value = 'from source'")
+    done = subprocess.run([sys.executable, "-c", "import kept; print(kept.value)"], capture_output=True, text=True,
+                          check=True, env=environment, cwd=tmp_path)  # fmt: skip
+    assert done.stdout == "from bytecode\n", "unchecked: nothing is read twice at a start"
+
+
+@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+def test_any_source_compiles_or_is_left_alone(source: bytes) -> None:
+    made = compiled({"pkg/a.py": lambda: source, "pkg/tests/a.py": lambda: b"", "a.py": lambda: b"", "b.txt": bytes})
+    assert made["pkg/a.py"]() == source and not any("tests/__pycache__" in name for name in made)
+    assert sum(name.endswith(".pyc") for name in made) in (1, 2)
 
 
 def test_two_packagings_of_one_model_are_one_image(

@@ -84,6 +84,11 @@ def test_what_an_operator_looks_for(bundle: Bundle) -> None:
     assert pod["securityContext"]["runAsNonRoot"] and container["securityContext"]["readOnlyRootFilesystem"]
     assert container["resources"]["requests"] == {"cpu": "0.5", "memory": "1Gi"}
     assert container["resources"]["limits"] == {"memory": "1Gi", "cpu": "2", "nvidia.com/gpu": "1"}
+    assert {"name": "tokens", "secret": {"secretName": "digits-2-tokens"}} in pod["volumes"]
+    assert {"name": "tokens", "mountPath": "/etc/trilobe", "readOnly": True} in container["volumeMounts"]
+    predictor = inference_service(bundle)["spec"]["predictor"]
+    assert predictor["volumes"] == pod["volumes"]
+    assert predictor["containers"][0]["volumeMounts"] == container["volumeMounts"]
     selector = deploy["spec"]["selector"]["matchLabels"]
     assert selector == service["spec"]["selector"] == policy["spec"]["podSelector"]["matchLabels"]
     assert selector.items() <= deploy["spec"]["template"]["metadata"]["labels"].items()

@@ -2,19 +2,23 @@
 
 import ast
 import base64
+import http.client
 import json
 import multiprocessing
 import os
 import re
+import signal
 import stat
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import trilobe
+from support.lines import line
 from trilobe.errors import ConfigError, NotFoundError, StorageError, UsageError
 from trilobe.infrastructure.serve import access
 from trilobe.infrastructure.serve.access import Client, Gate, Grant, create_token, list_tokens, revoke_token
@@ -164,7 +168,7 @@ def test_no_header_breaks_the_gate(headers: dict[str, str]) -> None:
 
 
 GATE = Gate(None)
-GATE._shut = True
+GATE.shut = True
 
 
 def test_tokens_come_as_bearer_or_as_the_password_that_tritons_plugin_sends(tmp_path: Path) -> None:
@@ -222,6 +226,46 @@ def test_max_pending_is_counted_and_released(tmp_path: Path) -> None:
     assert caught.value.status == 429 and caught.value.headers["retry-after"] == "1"
     client.leave()
     client.enter()
+
+
+def test_max_pending_is_that_of_the_whole_server(start: Any, tmp_path: Path) -> None:
+    """Three at once, whichever of two workers they come to; one that is killed takes what it held with it."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    token = create_token(tmp_path / "endpoint", "web", max_pending=3)
+    flow = (
+        "@function({'x': 'FP32[-1,3]'}, {'y': 'FP32[-1,3]'}, joins=False)\n"
+        "def slow(x):\n    time.sleep(float(x[0, 0]))\n    return {'y': x}\n"
+        "one = graph('slow', {'x': 'FP32[-1,3]'}, {'y': 's.y'}, {'s': Node(slow, {'x': 'x'})})\n"
+    )
+    served = start(line(2, tmp_path / "b"), "workers=2, threads=8, flows=(one,)", flow)
+
+    def ask(seconds: float) -> int:
+        body = {"inputs": [{"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [seconds, 0, 0]}]}
+        connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=20)
+        try:
+            connection.request("POST", "/v2/models/slow/infer", json.dumps(body), bearer(token))
+            return connection.getresponse().status
+        except (OSError, http.client.HTTPException):
+            return 0
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(12) as pool:
+        statuses = list(pool.map(ask, [1.5] * 12))
+        assert sorted(statuses) == [200] * 3 + [429] * 9
+        assert list(pool.map(ask, [0.0] * 2)) == [200] * 2, "all that ended has left"
+        under_way = [pool.submit(ask, 15.0) for _ in range(3)]
+        time.sleep(0.5)
+        assert ask(0.0) == 429
+        workers = sorted(int(path.stem) for path in (tmp_path / "endpoint" / "workers").glob("*.json"))
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        assert [asked.result() for asked in under_way] == [0] * 3
+        deadline = time.monotonic() + 15
+        while (found := ask(0.0)) != 200 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert found == 200 and sorted(pool.map(ask, [1.0] * 6)) == [200] * 3 + [429] * 3
 
 
 def test_running_gates_follow_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from trilobe.errors import DataError, ServeError
 from trilobe.infrastructure.pipeline import Arrays
+from trilobe.infrastructure.serve import batching
 from trilobe.infrastructure.serve.batching import Batching, Queue, Scheduler, blame
 from trilobe.infrastructure.serve.metrics import Meters
 from trilobe.infrastructure.serve.protocol import Refused
@@ -267,6 +269,39 @@ def test_the_place_follows_the_measured_time() -> None:
         for _ in range(60):
             await queue.submit(rows(0), 1)
         assert places[-1] and queue.inline
+
+    run(test)
+
+
+def test_a_process_that_was_put_aside_once_is_not_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run in four takes a hundred times as long, as on a machine with many neighbors: it stays in the loop."""
+
+    async def test() -> None:
+        now = [0]
+        monkeypatch.setattr(batching, "time", SimpleNamespace(perf_counter_ns=lambda: now[0]))
+
+        def work(data: Arrays) -> dict[str, np.ndarray]:
+            now[0] += int(data["x"][0])
+            return double(data)
+
+        queue = Queue("work", work, Scheduler(1))
+        for nanoseconds in [3e5, 3e5, 3e5, 3e7] * 4:
+            await queue.submit(rows(nanoseconds), 1)
+            assert queue.inline and queue.cost == pytest.approx(3e-4)
+        await queue.submit(rows(3e7), 1)
+        assert not queue.inline and queue.cost > 3e-3, "two of three are no accident"
+
+    run(test)
+
+
+def test_who_rested_has_no_claim_to_the_time_it_did_not_use() -> None:
+    async def test() -> None:
+        scheduler = Scheduler(1)
+        busy, rested = (Queue(name, double, scheduler, Batching(where="inline")) for name in ("busy", "rested"))
+        busy.used = 100.0
+        await busy.submit(rows(1), 1)
+        await asyncio.gather(busy.submit(rows(1), 1), rested.submit(rows(1), 1))
+        assert 99 < rested.used < 101
 
     run(test)
 

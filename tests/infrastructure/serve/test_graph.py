@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from support.lines import line, load, run
@@ -176,6 +178,165 @@ def test_errors_name_the_step(bundles: dict[str, Path]) -> None:
             with pytest.raises(error, match=words):
                 await ask(server, kind, x=ONES)
         assert (await ask(server, "two", x=ONES))["y"][0, 0] == 1, "the others do not notice"
+        server.close()
+
+    run(test)
+
+
+INLINE = Batching(where="inline")
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data(), st.integers(0, 7), st.integers(1, 4), st.sampled_from(["inline", "threads"]))
+def test_any_graph_gives_what_its_steps_give_one_after_the_other(
+    data: st.DataObject, size: int, clients: int, where: Any
+) -> None:
+    """Against a direct evaluation: each step adds up two things that are there already, times a factor of its own."""
+
+    def adder(factor: float) -> Any:
+        @function({"a": "FP32[-1,3]", "b": "FP32[-1,3]"}, {"y": "FP32[-1,3]"})
+        def add(a, b):
+            return {"y": factor * (a + b)}
+
+        return add
+
+    refs, nodes = ["x"], {}
+    for i in range(size):
+        a, b = (data.draw(st.sampled_from(refs)) for _ in "ab")
+        nodes[f"s{i}"] = Node(adder(i + 0.5), {"a": a, "b": b})
+        refs.append(f"s{i}.y")
+    any_order = data.draw(st.permutations(list(nodes)))
+    outputs = {f"out{i}": ref for i, ref in enumerate(refs)}
+    flow_ = graph("g", X, outputs, {name: nodes[name] for name in any_order})
+    inputs = [np.full((1 + i % 2, 3), i + 1, np.float32) for i in range(clients)]
+
+    async def test() -> None:
+        server = await serve([flow_], {}, batching=dict.fromkeys(nodes, Batching(where=where)))
+        answers = await asyncio.gather(*[ask(server, "g", x=x) for x in inputs])
+        for x, answer in zip(inputs, answers, strict=True):
+            said = {"x": x}
+            for i in range(size):
+                of = nodes[f"s{i}"].inputs
+                said[f"s{i}.y"] = ((i + 0.5) * (said[of["a"]] + said[of["b"]])).astype(np.float32)
+            assert set(answer) == set(outputs)
+            for key, ref in outputs.items():
+                np.testing.assert_array_equal(answer[key], said[ref])
+        assert not server.model("g").busy
+        server.close()
+
+    run(test)
+
+
+def test_steps_side_by_side_are_joined_across_requests_and_counted_each_by_itself(bundles: dict[str, Path]) -> None:
+    nodes = {f"{name}{i}": Node(name, {"x": "x"}) for name in bundles for i in range(3)}
+    nine = graph("nine", X, {name: f"{name}.y" for name in nodes}, nodes)
+
+    async def test() -> None:
+        server = await serve([nine], bundles, batching={"": INLINE})
+        answers = await asyncio.gather(*[ask(server, "nine", x=i * ONES) for i in range(4)])
+        for i, answer in enumerate(answers):
+            assert {k: float(v[0, 0]) for k, v in answer.items()} == {
+                name: i * {"two": 1.0, "four": 2.0, "six": 3.0}[name[:-1]] for name in nodes
+            }
+        for name in bundles:
+            version = server.model(name)
+            assert version.rest.batches == 1, "three steps of each of four requests, in one batch"
+            said = server.meters.statistics(name, version.id)["inference_stats"]
+            assert said["success"]["count"] >= 12 and said["queue"]["ns"] > 0 and said["compute_infer"]["ns"] > 0
+            assert version.rest.cost < 0.1 and not version.busy
+        said = server.meters.statistics("nine", "1")["inference_stats"]
+        assert (said["success"]["count"], said["fail"]["count"]) == (4, 0)
+        server.close()
+
+    run(test)
+
+
+def test_where_one_of_many_steps_fails_the_others_are_taken_back(bundles: dict[str, Path]) -> None:
+    ran: list[str] = []
+
+    def step(name: str) -> Any:
+        @function(X, {"y": "FP32[-1,3]"})
+        def work(x):
+            ran.append(name)
+            if name == "bad":
+                raise ZeroDivisionError("oh")
+            time.sleep(0.05)
+            return {"y": x}
+
+        return replace(work, name=name)
+
+    names = ["bad", *(f"s{i}" for i in range(8))]
+    many = graph("many", X, {n: f"{n}.y" for n in names}, {n: Node(step(n), {"x": "x"}) for n in names})
+
+    async def test() -> None:
+        server = await serve([many], bundles, threads=1)
+        with pytest.raises(ServeError, match="step 'bad' failed: ZeroDivisionError: oh"):
+            await ask(server, "many", x=ONES)
+        await asyncio.sleep(0.3)
+        assert ran[0] == "bad" and len(ran) <= 2, "what waited behind it was not computed any more"
+        assert (await ask(server, "two", x=ONES))["y"][0, 0] == 1
+        assert server.meters.statistics("many", "1")["inference_stats"]["fail"]["count"] >= 1
+        assert not server.model("many").busy
+        server.close()
+
+    run(test)
+
+
+def test_slow_steps_run_beside_each_other_and_a_timeout_ends_them(bundles: dict[str, Path]) -> None:
+    def step(name: str) -> Any:
+        @function(X, {"y": "FP32[-1,3]"})
+        def work(x):
+            time.sleep(0.2)
+            return {"y": x}
+
+        return replace(work, name=name)
+
+    nodes = {name: Node(step(name), {"x": "x"}) for name in ("a", "b", "c")}
+    slow = graph("slow", X, {n: f"{n}.y" for n in nodes}, nodes)
+
+    async def test() -> None:
+        server = await serve([slow], bundles, threads=3)
+        start = time.perf_counter()
+        await ask(server, "slow", x=ONES)
+        assert time.perf_counter() - start < 0.5, "0.6 s of sleep, three at a time"
+        version = server.model("slow")
+        with pytest.raises(Refused, match=r"'slow' did not answer within 0\.05 s") as caught:
+            await version.submit({"x": ONES}, 1, None, timeout=0.05)
+        assert caught.value.status == 504 and not version.busy
+        assert (await ask(server, "two", x=ONES))["y"][0, 0] == 1
+        server.close()
+
+    run(test)
+
+
+def test_a_step_whose_queue_is_full_refuses_the_request(bundles: dict[str, Path]) -> None:
+    nodes = {"a": Node("two", {"x": "x"}), "b": Node("four", {"x": "x"})}
+    both = graph("both", X, {"a": "a.y", "b": "b.y"}, nodes)
+
+    async def test() -> None:
+        server = await serve([both], bundles, batching={"four": Batching(max_pending=1, where="inline")})
+        answers = await asyncio.gather(*[ask(server, "both", x=ONES) for _ in range(3)], return_exceptions=True)
+        refused = [a for a in answers if isinstance(a, Refused)]
+        assert refused and all(a.status == 503 and "retry-after" in a.headers for a in refused)
+        assert len(refused) < 3, "the others do not notice"
+        assert (await ask(server, "both", x=ONES))["b"][0, 0] == 2
+        assert not any(server.model(name).busy for name in ("both", "two", "four"))
+        server.close()
+
+    run(test)
+
+
+def test_a_function_may_make_tasks_of_its_calls(bundles: dict[str, Path]) -> None:
+    @flow(X, {"y": "FP32[-1,3]"}, steps=["two", "four"])
+    async def beside(two, four, x):
+        two(x=x).close()  # called, and not wanted after all
+        async with asyncio.TaskGroup() as group:
+            first, second = group.create_task(two(x=x)), group.create_task(four(x=x))
+        return {"y": first.result()["y"] + second.result()["y"]}
+
+    async def test() -> None:
+        server = await serve([beside], bundles)
+        assert (await ask(server, "beside", x=ONES))["y"][0, 0] == 3
         server.close()
 
     run(test)

@@ -1,6 +1,7 @@
 """gRPC: messages that are exactly Triton's, requests of every kind and of none, and a server behind a real port."""
 
 import asyncio
+import contextlib
 import json
 import shutil
 import ssl
@@ -19,6 +20,7 @@ from trilobe.errors import DataError, PortInUse
 from trilobe.infrastructure.bundle import REQUIRED_FILES, write_bundle
 from trilobe.infrastructure.endpoint import Wish
 from trilobe.infrastructure.pipeline import DATATYPES, Pipeline, Servable, TensorSpec, pack
+from trilobe.infrastructure.serve.batching import Batching
 from trilobe.infrastructure.serve.grpc import SERVICE, load_messages, read_call, start_grpc, write_answer
 from trilobe.infrastructure.serve.protocol import Call, Reader, Wanted, Writer
 
@@ -297,6 +299,129 @@ def test_a_full_queue_says_when_to_come_back(tmp_path: Path) -> None:
             assert ("retry-after", "1") in [tuple(pair) for pair in caught.value.trailing_metadata()]
 
     serve(tmp_path, talk)
+
+
+def test_a_call_has_an_id_which_is_the_clients_or_ours(tmp_path: Path) -> None:
+    grpc = pytest.importorskip("grpc")
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+    async def talk(server: Any, front: Any) -> None:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}") as channel:
+
+            async def id_of(name: str, sent: Any, *metadata: tuple[str, str]) -> str:
+                call = ask(channel, name, sent, metadata=metadata)
+                with contextlib.suppress(grpc.RpcError):
+                    await call
+                (found,) = [value for key, value in await call.trailing_metadata() if key == "x-request-id"]
+                return str(found)
+
+            live = METHODS["ServerLive"].takes()
+            for name, sent in (
+                ("ModelInfer", request()),
+                ("ModelInfer", request(model_name="?")),
+                ("ServerLive", live),
+            ):
+                assert await id_of(name, sent, ("x-request-id", "a-17")) == "a-17"
+                assert await id_of(name, sent, ("traceparent", parent)) == parent[3:35]
+                made = {await id_of(name, sent, *given) for given in ((), (("x-request-id", "no id"),), ())}
+                assert len(made) == 3 and all(len(id_) == 32 and int(id_, 16) for id_ in made)
+            assert await id_of("ModelInfer", request(), ("x-request-id", "x" * 129)) != "x" * 129
+
+    serve(tmp_path, talk)
+
+
+def test_calls_are_logged_and_counted_as_over_http(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    grpc = pytest.importorskip("grpc")
+    from trilobe.infrastructure.serve.access import Gate, create_token
+    from trilobe.infrastructure.serve.logs import ACCESS, FIELDS, access_log
+
+    token = create_token(tmp_path, "web", ["infer"])
+
+    async def talk(server: Any, front: Any) -> None:
+        server.access, server.gate = access_log(1.0), Gate(tmp_path)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}") as channel:
+            who = ("authorization", f"Bearer {token}")
+            sents = [request(), request(model_version="9"), request(np.array([[-1, 1]], np.float32))]
+            for i, sent in enumerate(sents):
+                call = ask(channel, "ModelInfer", sent, metadata=(who, ("x-request-id", f"r{i}")))
+                assert (await call.code() == grpc.StatusCode.OK) == (i == 0)
+            await ask(channel, "ModelInfer", request(), metadata=(("x-request-id", "r3"),)).code()
+
+            async def several() -> Any:
+                for sent in sents:
+                    yield sent
+
+            method = METHODS["ModelStreamInfer"]
+            stream = channel.stream_stream(
+                f"/{SERVICE}/ModelStreamInfer", lambda sent: sent.SerializeToString(), method.gives.FromString
+            )(several(), metadata=(who, ("x-request-id", "stream")))
+            assert [bool(answer.error_message) async for answer in stream] == [False, True, True]
+            await ask(channel, "ServerLive", METHODS["ServerLive"].takes())
+        text = server.meters.render()
+        for code, n in (("OK", 3), ("NOT_FOUND", 2), ("INTERNAL", 2), ("UNAUTHENTICATED", 1)):
+            assert f'trilobe_grpc_responses_total{{code="{code}"}} {n}\n' in text
+        version = server.model("double").id
+        assert f'nv_inference_request_success{{model="double",version="{version}"}} 2\n' in text
+        assert f'nv_inference_request_failure{{model="double",version="{version}",reason="BACKEND"}} 2\n' in text
+
+    with caplog.at_level("INFO", logger=ACCESS):
+        serve(tmp_path, talk)
+    lines = [[getattr(r, name) for name in FIELDS] for r in caplog.records if r.name == ACCESS]
+    assert all(0 < seconds < 10 for *_, seconds, _ in lines)
+    one = [["double", "", 200, "web"], ["double", "9", 404, "web"], ["double", "", 500, "web"]]
+    assert [[id_, model, version, status, client] for id_, model, version, status, _, client in lines] == [
+        *(["r" + str(i), *line] for i, line in enumerate(one)),
+        ["r3", "double", "", 401, ""],
+        *(["stream", *line] for line in one),
+    ]
+
+
+def test_a_client_that_leaves_is_counted(tmp_path: Path) -> None:
+    grpc = pytest.importorskip("grpc")
+
+    async def talk(server: Any, front: Any) -> None:
+        server.model("double").queue.settings = Batching(delay=5.0)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}") as channel:
+            call = ask(channel, "ModelInfer", request())
+            while not server.model("double").queue.waiting:
+                await asyncio.sleep(0.01)
+            call.cancel()
+            while server.meters.counted("trilobe_grpc_responses_total", code="CANCELLED") < 1:
+                await asyncio.sleep(0.01)
+
+    serve(tmp_path, talk)
+
+
+def test_a_call_is_a_span_of_the_callers_trace(tmp_path: Path) -> None:
+    grpc = pytest.importorskip("grpc")
+    pytest.importorskip("opentelemetry.sdk", reason="needs the extra otel")
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from trilobe.infrastructure.serve.traces import Traces
+
+    provider, exporter = TracerProvider(shutdown_on_exit=False), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace, span = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+    async def talk(server: Any, front: Any) -> None:
+        server.traces = Traces(provider, 0.0)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}") as channel:
+            for i, sent in enumerate([request(), request(np.array([[-1, 1]], np.float32)), request()]):
+                recorded = ("traceparent", f"00-{trace}-{span}-{'00' if i == 2 else '01'}")
+                await ask(channel, "ModelInfer", sent, metadata=(recorded, ("x-request-id", f"r{i}"))).code()
+
+    serve(tmp_path, talk)
+    spans = exporter.get_finished_spans()
+    assert [s.name for s in spans] == ["queue", "compute", "infer double"] * 2, "the third was not to be recorded"
+    for request_span, code, id_ in ((spans[2], 0, "r0"), (spans[5], 13, "r1")):
+        assert f"{request_span.context.trace_id:032x}" == trace and f"{request_span.parent.span_id:016x}" == span
+        said = dict(request_span.attributes)
+        assert (said["rpc.system"], said["rpc.grpc.status_code"]) == ("grpc", code)
+        assert said["trilobe.request_id"] == id_ and "http.response.status_code" not in said
+    assert spans[0].parent.span_id == spans[2].context.span_id
+    assert spans[2].status.status_code.name != "ERROR" and spans[5].status.status_code.name == "ERROR"
 
 
 def test_what_was_packed_to_explode_does_not(tmp_path: Path) -> None:

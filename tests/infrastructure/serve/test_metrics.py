@@ -62,7 +62,7 @@ NS = st.one_of(st.integers(0, 10**12), st.sampled_from(BOUNDS), st.sampled_from(
 ROWS = st.one_of(st.integers(0, 130), st.integers(1, 10**8), st.sampled_from(SIZES))
 EVENTS = st.one_of(
     st.tuples(st.just("batch"), st.lists(NS, max_size=5), ROWS, NS),
-    st.tuples(st.just("request"), NS, NS, NS),
+    st.tuples(st.just("answered"), st.lists(NS, max_size=5), NS, NS),
     st.tuples(st.just("failed"), st.sampled_from(REASONS), st.integers(0, 9), NS),
     st.tuples(st.just("pending"), st.integers(-9, 9)),
     st.tuples(st.just("step"), st.sampled_from(["decode", "a\\n"]), NS, NS, st.integers(1, 9)),
@@ -93,7 +93,8 @@ def expected(history: list[tuple[str, str, tuple[Any, ...]]]) -> dict[Sample, fl
         waits = [ns for queue, _, _ in kinds["batch"] for ns in queue]
         infer = [ns for _, _, ns in kinds["batch"]]
         sizes = [n for _, n, _ in kinds["batch"]]
-        total, parsing, encoding = ([r[i] for r in kinds["request"]] for i in range(3))
+        total = [ns for totals, _, _ in kinds["answered"] for ns in totals]
+        parsing, encoding = ([r[i] for r in kinds["answered"]] for i in (1, 2))
         rows += [
             ("nv_inference_request_success", tags, len(waits)),
             ("nv_inference_count", tags, sum(sizes)),
@@ -161,16 +162,16 @@ def test_statistics_are_those_of_triton(events: list[Any]) -> None:
     play(meters, [("m", "1", event) for event in events])
     said = meters.statistics("m", "1")
     batches = [e for e in events if e[0] == "batch"]
-    requests = [e for e in events if e[0] == "request"]
+    answered = [e for e in events if e[0] == "answered"]
     failed = [e for e in events if e[0] == "failed"]
-    n = sum(len(queue) for _, queue, _, _ in batches)
+    n, requests = sum(len(queue) for _, queue, _, _ in batches), sum(len(totals) for _, totals, _, _ in answered)
     want = {
-        "success": (n, sum(r[1] for r in requests)),
+        "success": (n, sum(ns for _, totals, _, _ in answered for ns in totals)),
         "fail": (sum(f[2] for f in failed), sum(f[3] for f in failed)),
         "queue": (n, sum(ns for _, queue, _, _ in batches for ns in queue)),
-        "compute_input": (len(requests), sum(r[2] for r in requests)),
+        "compute_input": (requests, sum(a[2] for a in answered)),
         "compute_infer": (n, sum(len(queue) * ns for _, queue, _, ns in batches)),
-        "compute_output": (len(requests), sum(r[3] for r in requests)),
+        "compute_output": (requests, sum(a[3] for a in answered)),
         "cache_hit": (0, 0),
         "cache_miss": (0, 0),
     }
@@ -219,12 +220,12 @@ def test_parts_are_the_steps_of_their_model() -> None:
 
 def test_named_counters_and_gauges() -> None:
     meters = Meters()
-    meters.count("trilobe_shadow_total", model="m", agrees="true")
-    meters.count("trilobe_shadow_total", 2, agrees="true", model="m")  # in any order
+    meters.count("trilobe_shadow_total", model="m", version="2", agrees="true")
+    meters.count("trilobe_shadow_total", 2, agrees="true", version="2", model="m")  # in any order
     meters.count("trilobe_http_responses_total", code=503)
     meters.gauge("trilobe_connections", 12)
     meters.gauge("trilobe_connections", 5)
-    assert value(meters, "trilobe_shadow_total", model="m", agrees="true") == 3
+    assert value(meters, "trilobe_shadow_total", model="m", version="2", agrees="true") == 3
     assert value(meters, "trilobe_http_responses_total", code="503") == 1
     assert value(meters, "trilobe_connections") == 5
     assert value(meters, "trilobe_captures_dropped_total") == 0, "there before anything is dropped: rates need it"
@@ -496,14 +497,75 @@ def everything(folder: Path | None = None) -> Meters:
     meters = Meters(folder)
     meter = meters.of("digits", "1")
     meter.batch([120_000, 80_000], 5, 400_000)
-    meter.request(900_000, 20_000, 10_000)
+    meter.answered([900_000], 20_000, 10_000)
     meter.failed("REJECTED")
     meter.step("decode", 1000, 2000, 3)
     meters.count("trilobe_deferred_total", model="digits")
-    meters.count("trilobe_shadow_total", model="digits", agrees="false")
+    meters.count("trilobe_deferral_refused_total", model="digits")
+    meters.count("trilobe_grpc_responses_total", code="OK")
+    meters.count("trilobe_shadow_total", model="digits", version="2", agrees="false")
     meters.count("trilobe_http_responses_total", code=200)
     meters.gauge("trilobe_ready", 1)
+    meters.tally("trilobe_token_pending", client="web", token="a1").add(2)
     return meters
+
+
+TALLY = """
+import sys, time
+from pathlib import Path
+from trilobe.infrastructure.serve.metrics import Meters
+tally = Meters(Path(sys.argv[1]), int(sys.argv[2])).tally("trilobe_token_pending", client="web", token="a1")
+tally.add(int(sys.argv[3]))
+print(tally.total(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_tally_is_the_sum_of_those_that_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process is heard at once, and what it held is gone with it, also if it is killed."""
+    monkeypatch.setattr("trilobe.infrastructure.serve.metrics._LOOK_SECONDS", 0.0)
+    tally = Meters(tmp_path, 0).tally("trilobe_token_pending", client="web", token="a1")
+    tally.add(2)
+
+    def begin(worker: int, n: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", TALLY, str(tmp_path), str(worker), str(n)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    others = [begin(1, 3)]
+    try:
+        assert int(others[0].stdout.readline()) == 5 and tally.total() == 5
+        tally.add(-2)
+        assert tally.total() == 3
+        others.append(begin(2, 4))
+        assert int(others[1].stdout.readline()) == 7 and tally.total() == 7
+        others[0].kill()
+        others[0].wait()
+        assert tally.total() == 4, "what a killed worker held is nobody's"
+        others.append(begin(1, 1))
+        assert int(others[2].stdout.readline()) == 5 and tally.total() == 5, "and its successor begins at zero"
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+            other.stdout.close()
+
+
+def test_a_tally_without_a_folder_counts_alone() -> None:
+    first, second = (Meters().tally("trilobe_token_pending", client="web", token="a1") for _ in range(2))
+    first.add(1)
+    assert (first.total(), second.total()) == (1, 0)
+    with pytest.raises(UsageError, match="a gauge called"):
+        Meters().tally("trilobe_token_pending", client="web")
+
+
+def test_a_counter_that_had_other_labels_once_is_passed_over(tmp_path: Path) -> None:
+    """What a server of before left in its folder must not keep this one from being scraped."""
+    meters = everything(tmp_path)
+    meters._ledger.slots("counter", "trilobe_shadow_total", "digits", "false")[0] = 98765
+    meters._ledger.slots("counter", "trilobe_gone_total", "digits")[0] = 98765
+    meters.close()
+    text = Meters(tmp_path).render()
+    assert 'trilobe_shadow_total{model="digits",version="2",agrees="false"} 1\n' in text and "98765" not in text
 
 
 def test_every_metric_is_rendered_with_its_type_and_labels() -> None:
@@ -580,7 +642,7 @@ def test_dashboard_and_alerts_ask_for_metrics_that_exist() -> None:
     there = {key[0] for key in read(everything().render())}
     rules = re.findall(r"expr: (?:\|\n((?: {10}.*\n)+)|(.*))", alerts())
     asked = set(re.findall(r"\b(?:nv|trilobe)_\w+", " ".join([*expressions(), *map("".join, rules)])))
-    assert len(rules) == 10 and len(asked) > 25
+    assert len(rules) == 11 and len(asked) > 25
     assert asked <= there, asked - there
 
 
@@ -641,6 +703,10 @@ FIRES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {'trilobe_captures_dropped_total{job="trilobe",instance="a"}': "0x20 1x10"},
         {'trilobe_captures_dropped_total{job="trilobe",instance="a"}': "7x30"},
     ),
+    "TrilobeDeskFull": (
+        {'trilobe_deferral_refused_total{job="trilobe",instance="a",model="m"}': "0x20 1x10"},
+        {'trilobe_deferral_refused_total{job="trilobe",instance="a",model="m"}': "7x30"},
+    ),
     "TrilobeWorkerRestarts": (
         {'trilobe_worker_starts_total{job="trilobe",instance="a",worker="0"}': "1x20 2 3 4 5 5 5 5 5 5 5 5"},
         {'trilobe_worker_starts_total{job="trilobe",instance="a",worker="0"}': "1x20 2x10"},
@@ -686,9 +752,9 @@ class Scraped(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         play(self.meters, [("digits", "1", ("batch", [120_000] * 9, 12, 400_000))])
-        play(self.meters, [("digits", "1", ("request", 900_000, 20_000, 10_000))] * 9)
+        play(self.meters, [("digits", "1", ("answered", [900_000], 20_000, 10_000))] * 9)
         play(self.meters, [("digits", "1", ("step", "decode", 1000, 2000, 3))])
-        self.meters.count("trilobe_shadow_total", model="digits", agrees="false")
+        self.meters.count("trilobe_shadow_total", model="digits", version="2", agrees="false")
         body = self.meters.render().encode()
         self.send_response(200)
         self.send_header("content-type", CONTENT_TYPE)

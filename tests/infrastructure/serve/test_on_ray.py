@@ -7,10 +7,11 @@ import pytest
 
 from support.clusters import cluster
 from support.lines import line, load
-from trilobe.errors import ServeError
+from trilobe.errors import ConfigError, ServeError
 from trilobe.infrastructure.client import Client
 from trilobe.infrastructure.endpoint import Wish
 from trilobe.infrastructure.serve import Settings, bind
+from trilobe.infrastructure.serve.access import create_token
 from trilobe.infrastructure.serve.on_ray import start_on_ray
 
 
@@ -33,6 +34,14 @@ def test_a_pipeline_on_ray(tmp_path: Path) -> None:
         start_on_ray("lines", load, {"": Wish(str(line(6, tmp_path / "b2")))}, port=port)
         with Client(url, "lines") as client:
             np.testing.assert_allclose(client.call({"x": np.ones((1, 3), np.float32)})["y"], [[3.0] * 3])
+        token = create_token(tmp_path, "web", ["infer"])
+        start_on_ray("lines", load, {"": wish}, port=port, folder=tmp_path)
+        with Client(url, "lines") as client, pytest.raises(ServeError, match="401"):
+            client.call({"x": np.ones((1, 3), np.float32)})
+        with Client(url, "lines", token=token) as client:
+            np.testing.assert_allclose(client.call({"x": np.ones((1, 3), np.float32)})["y"], [[2.0] * 3])
+        with pytest.raises(ConfigError, match="would let everybody"):
+            start_on_ray("lines", load, {"": wish}, host="0.0.0.0", port=port)
         with pytest.raises(ServeError, match="Ray does not serve"):
             start_on_ray("lines", load, {"": Wish(str(tmp_path / "nothing"))}, port=port)
         serve.shutdown()

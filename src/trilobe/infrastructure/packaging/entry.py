@@ -7,7 +7,7 @@ This file is the container's entry point (``python3 -m trilobe.infrastructure.pa
 words                           what happens
 ==============================  =====================================================================
 (none)                          the ``command`` of ``app.json`` takes this process over
-``serve ...``                   the packaged model is served on all interfaces, port 8000
+``serve ...``                   the packaged model is served on all interfaces, port 8000, to who has a token
 ``show [app] [pkg]``            the manifests go to stdout
 ``extract``                     files are copied to what is mounted at ``/var/run/holoscan/export``
 anything else                   appended to ``command``
@@ -106,9 +106,6 @@ def serving(pkg: Mapping[str, Any], models: Path, work: Path) -> list[str]:
     listed = pkg.get("models") or []
     if len(listed) != 1:
         raise UsageError(f"serve, in a package of {len(listed)} models", expected="exactly one")
-    from trilobe.infrastructure.store import Store
-
-    Store.open(work / ".trilobe", create=True).close()  # what a project has after `trilobe init`
     return [sys.executable, "-m", "trilobe", "serve", str(models / listed[0]["path"]), "--project", str(work)]
 
 

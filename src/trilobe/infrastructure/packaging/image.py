@@ -29,7 +29,7 @@ from trilobe.errors import DataError, UsageError
 from trilobe.infrastructure.bundle import MANIFEST, read_bytes, source_date
 from trilobe.infrastructure.packaging import oci
 from trilobe.infrastructure.packaging.application import Application
-from trilobe.infrastructure.packaging.installed import code, files_of, licenses, requirements, serving, tree
+from trilobe.infrastructure.packaging.installed import code, compiled, files_of, licenses, requirements, serving, tree
 from trilobe.infrastructure.packaging.map import APP, DOCS, ENVIRONMENT, MODELS, PKG, ROOT, WORK, manifests, to_json
 from trilobe.infrastructure.packaging.oci import Entry, Layer
 from trilobe.infrastructure.packaging.resources import Resources
@@ -39,6 +39,7 @@ from trilobe.types import Bundle
 
 USER = 65532  # nobody in particular, as in distroless images
 PACKAGES = "/opt/holoscan/packages/"
+TOKENS = "/etc/trilobe/tokens.json"  # who may call the endpoint: not in the image, but mounted there
 ENTRY = ["python3", "-m", "trilobe.infrastructure.packaging.entry"]
 _PYTHON = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "ORT_DISABLE_TELEMETRY": "1"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}\Z")
@@ -167,10 +168,10 @@ def _layers(contents: Contents, runs: str, packages: bool) -> Iterator[Layer]:
     needed = serving()[1:]
     if packages:
         placed = {f"{PACKAGES[1:]}{name}": place.read_bytes for name, place in files_of(needed)}
-        yield Layer("installed packages", [Entry(name, read) for name, read in placed.items()])
-    yield _layer(f"Trilobe {__version__}", ROOT, code())
+        yield Layer("installed packages", [Entry(name, read) for name, read in compiled(placed).items()])
+    yield _layer(f"Trilobe {__version__}", ROOT, compiled(code()))
     listed = requirements(needed, contents.requirements).encode()
-    yield _layer("the application", ROOT, {**contents.code, "requirements.txt": lambda: listed})
+    yield _layer("the application", ROOT, {**compiled(contents.code), "requirements.txt": lambda: listed})
     for name, bundle in contents.models.items():
         files: dict[str, Callable[[], bytes]] = {MANIFEST: (bundle.path / MANIFEST).read_bytes}
         files |= {file: partial(read_bytes, bundle, file) for file in bundle.manifest["files"]}
@@ -207,9 +208,10 @@ def ports() -> dict[str, int]:
 def _settings(name: str, task: str) -> str:
     """``trilobe.toml`` of the working directory, for ``serve``.
 
-    A container is reached from outside or not at all, and who gets there is its host's business: ``open``.
+    A container is reached from outside or not at all, so it does not start without tokens unless it is told to.
     """
-    lines = ["[project]", f'name = "{name}"', f'task = "{task}"', "", "[serve]", 'host = "0.0.0.0"', "open = true"]
+    lines = ["[project]", f'name = "{name}"', f'task = "{task}"', "", "[serve]", 'host = "0.0.0.0"']
+    lines += [f'tokens = "{TOKENS}"']
     for kind, port in ports().items():
         lines += [f"port = {port}"] if kind == "http" else [f"{kind} = true", f"{kind}_port = {port}"]
     return "\n".join(lines) + "\n"
@@ -227,9 +229,13 @@ A MONAI Application Package made by Trilobe {__version__}: {runs}.
 Run it over a folder; serve its model, if it has one; print its manifests; get its files:
 
     docker run -v ./in:/var/holoscan/input -v ./out:/var/holoscan/output IMAGE
-    docker run -p 127.0.0.1:8000:8000 IMAGE serve
+    docker run -p 127.0.0.1:8000:8000 -v ./tokens.json:{TOKENS}:ro IMAGE serve
     docker run IMAGE show
     docker run -v ./files:/var/run/holoscan/export IMAGE extract
+
+The endpoint answers who shows a token of tokens.json, which `trilobe token CLIENT --file tokens.json` writes and user
+{USER} must be able to read (it holds digests only). TRILOBE_TOKENS names another place for it; with TRILOBE_OPEN=1 the
+endpoint needs none and answers everybody.
 
 What runs is `{contents.command}`. It needs Python 3.11 or newer and
 the packages of {ROOT}requirements.txt. Containers run as user {USER}, who must be able to write to ./out.

@@ -1,19 +1,19 @@
 """Manifests for clusters, made from a bundle: Deployment and Service, an autoscaler, a KServe InferenceService.
 
 They describe the image that ``image.py`` writes: an endpoint on port 8000 (HTTP) and 8001 (gRPC) with the probes of the
-Open Inference Protocol, as a user without rights on a read-only file system. The text is a small part of YAML, with
-scalars written so that YAML 1.1 and 1.2 read the same.
+Open Inference Protocol, as a user without rights on a read-only file system, with its tokens from the Secret
+``NAME-tokens``. The text is a small part of YAML, with scalars written so that YAML 1.1 and 1.2 read the same.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trilobe.errors import UsageError
 from trilobe.files import write_atomically
-from trilobe.infrastructure.packaging.image import USER, model_name, ports
+from trilobe.infrastructure.packaging.image import TOKENS, USER, model_name, ports
 from trilobe.infrastructure.packaging.map import WORK
 from trilobe.infrastructure.packaging.resources import Resources
 from trilobe.types import Bundle
@@ -27,9 +27,9 @@ def deployment(
 ) -> list[Document]:
     """Deployment, Service and NetworkPolicy of an endpoint; with ``most`` also an autoscaler from ``replicas`` to it.
 
-    ``image`` is what the cluster pulls, ``NAME:BUNDLE_ID`` by default. The image's endpoint asks for no token, so only
-    pods of its own namespace may call it. The autoscaler adds a pod while those there use more than 70% of the cores
-    that they asked for.
+    ``image`` is what the cluster pulls, ``NAME:BUNDLE_ID`` by default. Pods wait for the Secret ``NAME-tokens`` with
+    the file that ``trilobe token CLIENT --file tokens.json`` writes. Only pods of the same namespace may call. The
+    autoscaler adds a pod while those there use more than 70% of the cores that they asked for.
 
     >>> [d["kind"] for d in deployment(Bundle("b1", Path("b1"), "m1", {"project": "digits"}), most=4)]
     ['Deployment', 'Service', 'NetworkPolicy', 'HorizontalPodAutoscaler']
@@ -45,7 +45,7 @@ def deployment(
             "securityContext": {"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER,
                                 "seccompProfile": {"type": "RuntimeDefault"}},
             "containers": [_container(bundle, "endpoint", image, resources)],
-            "volumes": _volumes(),
+            "volumes": _volumes(bundle),
         },
     }  # fmt: skip
     spec: Document = {"selector": {"matchLabels": select}, "template": pod}
@@ -80,7 +80,7 @@ def inference_service(
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         container[probe] = {**container[probe], "httpGet": {**container[probe]["httpGet"], "port": ports()["http"]}}
     predictor = {"minReplicas": replicas, **({"maxReplicas": most} if most else {}),
-                 "containers": [container], "volumes": _volumes()}  # fmt: skip
+                 "containers": [container], "volumes": _volumes(bundle)}  # fmt: skip
     name = _name(bundle)
     return _document("serving.kserve.io/v1beta1", "InferenceService", name, _labels(bundle), {"predictor": predictor})
 
@@ -170,7 +170,8 @@ def _container(bundle: Bundle, name: str, image: str, resources: Resources | Non
         "resources": _amounts(resources or Resources()),
         "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "runAsNonRoot": True,
                             "runAsUser": USER, "capabilities": {"drop": ["ALL"]}},
-        "volumeMounts": [{"name": k, "mountPath": path} for k, path in _WRITABLE.items()],
+        "volumeMounts": [*({"name": k, "mountPath": path} for k, path in _WRITABLE.items()),
+                         {"name": "tokens", "mountPath": str(PurePosixPath(TOKENS).parent), "readOnly": True}],
     }  # fmt: skip
 
 
@@ -191,8 +192,9 @@ def _neighbors(select: Mapping[str, str]) -> Document:
             "ingress": [{"from": [{"podSelector": {}}]}]}  # fmt: skip
 
 
-def _volumes() -> list[Document]:
-    return [{"name": name, "emptyDir": {}} for name in _WRITABLE]
+def _volumes(bundle: Bundle) -> list[Document]:
+    secret = {"name": "tokens", "secret": {"secretName": f"{_name(bundle)}-tokens"}}
+    return [*({"name": name, "emptyDir": {}} for name in _WRITABLE), secret]
 
 
 def _labels(bundle: Bundle) -> dict[str, str]:

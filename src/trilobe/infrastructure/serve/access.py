@@ -1,10 +1,11 @@
 """Who may do what at an endpoint: tokens with scopes, certificates of clients, and the server's own certificate.
 
-Tokens live in ``tokens.json`` in the endpoint's folder. While that file has never been there the gate is open, which is
-meant for loopback only (:meth:`Gate.check_host`); from then on it is shut, also when the last token is revoked or the
-file disappears. A token is kept as the SHA-256 of its secret. That is enough here, where it would not be for a
-password: slow, salted hashes protect secrets that can be guessed, and nobody guesses 256 random bits. So checking costs
-a microsecond or two, and needs no cache that would hold secrets in memory.
+Tokens live in ``tokens.json`` in the endpoint's folder, or in a file that the settings name (a mounted secret). While
+that file has never been there the gate is open, which is meant for loopback only (:meth:`Gate.check_host`); from then
+on it is shut, also when the last token is revoked or the file disappears. A token is kept as the SHA-256 of its secret.
+That is enough here, where it would not be for a password: slow, salted hashes protect secrets that can be guessed, and
+nobody guesses 256 random bits. So checking costs a microsecond or two, and needs no cache that would hold secrets in
+memory.
 """
 
 import base64
@@ -29,6 +30,7 @@ import msgspec
 
 from trilobe.errors import ConfigError, DiskFull, NotFoundError, StorageError, UsageError
 from trilobe.files import FULL, sync_folder
+from trilobe.infrastructure.serve.metrics import Meters, Tally
 from trilobe.infrastructure.serve.protocol import Refused
 
 Scope = Literal["infer", "admin", "metrics"]
@@ -77,6 +79,7 @@ def create_token(
     models: Sequence[str] = (),
     max_pending: int = 0,
     expires: float | None = None,
+    file: str = FILE,
 ) -> str:
     """A new token of ``client`` for the endpoint in ``folder``: ``tlb_<id>_<secret>``, which is not kept anywhere.
 
@@ -106,28 +109,28 @@ def create_token(
     grant = Grant(number, client, scopes, tuple(models), max_pending, time.time(), expires)
     shows_certificate = client.startswith(CERTIFICATE)
     entry = _Entry(grant, "" if shows_certificate else _digest(token))
-    with _changing(folder) as tokens:
+    with _changing(folder / file) as tokens:
         if shows_certificate:  # a certificate says one thing: the latest grant
             tokens[:] = [known for known in tokens if known.grant.client != client]
         tokens.append(entry)
     return "" if shows_certificate else token
 
 
-def list_tokens(folder: Path) -> list[Grant]:
+def list_tokens(folder: Path, file: str = FILE) -> list[Grant]:
     """What the clients of the endpoint in ``folder`` may do, the oldest first; no secrets.
 
     >>> list_tokens(Path("nowhere"))
     []
     """
-    return [entry.grant for entry in (_read(folder) or _Book()).tokens]
+    return [entry.grant for entry in (_read(folder / file) or _Book()).tokens]
 
 
-def revoke_token(folder: Path, client: str) -> list[Grant]:
+def revoke_token(folder: Path, client: str, file: str = FILE) -> list[Grant]:
     """Take back all tokens of ``client`` (or the one of that id): those that were taken back.
 
     Running servers refuse them within a second. Raises :class:`~trilobe.errors.NotFoundError` where there are none.
     """
-    with _changing(folder) as tokens:
+    with _changing(folder / file) as tokens:
         gone = [entry for entry in tokens if client in (entry.grant.client, entry.grant.id)]
         if not gone:
             known = sorted({entry.grant.client for entry in tokens})
@@ -140,9 +143,8 @@ def _digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def _read(folder: Path) -> _Book | None:
+def _read(path: Path) -> _Book | None:
     """The file's content; None where there is no file."""
-    path = folder / FILE
     try:
         book = msgspec.json.decode(path.read_bytes(), type=_Book)
     except (FileNotFoundError, NotADirectoryError):
@@ -157,19 +159,19 @@ def _read(folder: Path) -> _Book | None:
 
 
 @contextlib.contextmanager
-def _changing(folder: Path) -> Iterator[list[_Entry]]:
+def _changing(path: Path) -> Iterator[list[_Entry]]:
     """The entries, to be changed in place: one writer at a time, and all of the change or none of it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{FILE}.lock").open("a") as lock:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_name(f"{path.name}.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            tokens = list((_read(folder) or _Book()).tokens)
+            tokens = list((_read(path) or _Book()).tokens)
             yield tokens
-            _write_private(folder / FILE, msgspec.json.encode(_Book(tokens=tuple(tokens))))
+            _write_private(path, msgspec.json.encode(_Book(tokens=tuple(tokens))))
     except OSError as error:
         if error.errno in FULL:
-            raise DiskFull(f"no space left to write {folder / FILE}", hint="free some space") from error
-        raise StorageError(f"{folder / FILE} could not be written: {error.strerror}") from error
+            raise DiskFull(f"no space left to write {path}", hint="free some space") from error
+        raise StorageError(f"{path} could not be written: {error.strerror}") from error
 
 
 def _write_private(path: Path, data: bytes) -> None:
@@ -192,9 +194,9 @@ _ASK = 'Bearer realm="trilobe"'
 
 
 class Client:
-    """Who asks: its ``name`` (empty: unknown), what it may do, and how many of its requests are ``pending``.
+    """Who asks: its ``name`` (empty: unknown), what it may do, and how many of its requests are under way.
 
-    ``limited`` says whether they are counted at all. One process counts for itself.
+    ``limited`` says whether they are counted at all: in a ``tally``, which all workers of a server share.
 
     >>> nobody = Client(problem="no token came with the request")
     >>> nobody.require("infer", "digits")
@@ -202,13 +204,15 @@ class Client:
     trilobe.infrastructure.serve.protocol.Refused: no token came with the request; expected ...
     """
 
-    __slots__ = ("expires", "limited", "max_pending", "models", "name", "pending", "problem", "scopes", "sha256")
+    __slots__ = ("expires", "limited", "max_pending", "models", "name", "problem", "scopes", "sha256", "tally")
 
-    def __init__(self, grant: Grant | None = None, sha256: str = "", problem: str = "") -> None:
-        self.name, self.problem, self.sha256, self.pending = grant.client if grant else "", problem, sha256, 0
+    def __init__(
+        self, grant: Grant | None = None, sha256: str = "", problem: str = "", tally: Tally | None = None
+    ) -> None:
+        self.name, self.problem, self.sha256, self.tally = grant.client if grant else "", problem, sha256, tally
         self.scopes, self.models = frozenset(grant.scopes if grant else ()), frozenset(grant.models if grant else ())
         self.max_pending = grant.max_pending if grant else 0
-        self.limited = self.max_pending > 0
+        self.limited = self.max_pending > 0 and tally is not None
         self.expires = float("inf") if grant is None or grant.expires is None else grant.expires
 
     def may(self, scope: str, model: str = "") -> bool:
@@ -235,44 +239,52 @@ class Client:
 
     def enter(self) -> None:
         """Count a request that begins. Raises :class:`Refused` (429) where ``max_pending`` of it are under way."""
-        if self.limited and self.pending >= self.max_pending:
+        if self.tally is None:
+            return
+        self.tally.add(1)  # first, so that of two workers that look at once none lets in one too many
+        if (pending := self.tally.total()) > self.max_pending:
+            self.tally.add(-1)
             raise Refused(
-                429, f"{self.name!r} has {self.pending} requests under way", expected=f"at most {self.max_pending}",
+                429, f"{self.name!r} has {pending - 1} requests under way", expected=f"at most {self.max_pending}",
                 hint="wait for an answer before the next request", headers={"retry-after": "1"},
             )  # fmt: skip
-        self.pending += 1
 
     def leave(self) -> None:
         """Count a request that has ended, however it did."""
-        self.pending -= 1
+        if self.tally is not None:
+            self.tally.add(-1)
 
 
 _ANYBODY = Grant("", "anybody", SCOPES)
 
 
 class Gate:
-    """Tells who asks, by ``tokens.json`` in ``folder`` (None: anybody may do anything); follows its changes.
+    """Tells who asks, by ``file`` in ``folder`` (None: anybody may do anything); follows its changes.
 
-    With ``local``, while there are no tokens, only requests that name this machine (``localhost``, an address) are let
-    in: a page in somebody's browser can reach loopback by a name of its own (DNS rebinding).
+    It is ``shut`` to who has no token from when the file is first there. With ``local``, until then, only requests that
+    name this machine (``localhost``, an address) are let in: a page in somebody's browser can reach loopback by a name
+    of its own (DNS rebinding). ``meters`` are shared by all who count the same clients (default: this gate is alone).
 
     >>> Gate(None).client({}).may("admin")
     True
     """
 
-    def __init__(self, folder: Path | None, local: bool = False) -> None:
-        self.folder, self.local = folder, local
+    def __init__(
+        self, folder: Path | None, local: bool = False, file: str = FILE, meters: Meters | None = None
+    ) -> None:
+        self._meters = meters
+        self.path, self.local = folder / file if folder is not None else None, local
         self._anybody = Client(_ANYBODY)
         self._unknown = {problem: Client(problem=problem) for problem in _PROBLEMS}
         self._tokens: dict[str, Client] = {}
         self._certificates: dict[str, Client] = {}
         self._grants: dict[str, tuple[_Entry, Client]] = {}
-        self._shut = False
+        self.shut = False
         self._stamp: object = ()
         self._look_again = 0.0
-        if folder is not None:
+        if self.path is not None:
             self._stamp = self._stamp_of_file()
-            self._accept(_read(folder))
+            self._accept(_read(self.path))
             self._look_again = time.monotonic() + LOOK_SECONDS
 
     def check_host(
@@ -284,7 +296,7 @@ class Gate:
         """
         if is_loopback(host):
             return
-        if not (self._shut or with_certificates or open):
+        if not (self.shut or with_certificates or open):
             raise ConfigError(
                 f"serving on {host!r} would let everybody who reaches it do everything",
                 expected="tokens, certificates of clients, or a loopback address",
@@ -300,9 +312,9 @@ class Gate:
         sends). Who is unknown is a client that may do nothing: health checks need no token. Raises :class:`Refused`
         (403) for what a page of another site made a browser send.
         """
-        if self.folder is not None and time.monotonic() >= self._look_again:
+        if self.path is not None and time.monotonic() >= self._look_again:
             self._look()
-        if not self._shut:
+        if not self.shut:
             if self.local or "origin" in headers:
                 _check_site(headers, self.local)
             return self._anybody
@@ -325,33 +337,40 @@ class Gate:
         """Read the file again if it is another one. What is damaged or gone never opens the gate."""
         self._look_again = time.monotonic() + LOOK_SECONDS
         stamp = self._stamp_of_file()
-        if stamp == self._stamp or self.folder is None:
+        if stamp == self._stamp or self.path is None:
             return
         try:
-            self._accept(_read(self.folder))
+            self._accept(_read(self.path))
             self._stamp = stamp
         except StorageError as error:
             logger.error("tokens stay as they were: %s", error)
 
     def _stamp_of_file(self) -> object:
         try:
-            found = os.stat(f"{self.folder}/{FILE}")  # noqa: PTH116
+            found = os.stat(str(self.path))  # noqa: PTH116
         except OSError as error:
             return error.errno
         return found.st_mtime_ns, found.st_ino, found.st_size
 
     def _accept(self, book: _Book | None) -> None:
-        if self._shut and book is None:
-            logger.error("%s is gone: nobody is let in until it is back", FILE)
-        self._shut = self._shut or book is not None
+        if self.shut and book is None:
+            logger.error("%s is gone: nobody is let in until it is back", self.path)
+        self.shut = self.shut or book is not None
         before, self._grants = self._grants, {}
         for entry in book.tokens if book else ():
             known = before.get(entry.grant.id)
-            client = known[1] if known and known[0] == entry else Client(entry.grant, entry.sha256)
+            client = known[1] if known and known[0] == entry else self._client(entry)
             self._grants[entry.grant.id] = entry, client
         clients = [client for _, client in self._grants.values()]
         self._tokens = {number: client for number, (entry, client) in self._grants.items() if entry.sha256}
         self._certificates = {c.name.removeprefix(CERTIFICATE): c for c in clients if not c.sha256}
+
+    def _client(self, entry: _Entry) -> Client:
+        if not entry.grant.max_pending:
+            return Client(entry.grant, entry.sha256)
+        self._meters = self._meters or Meters()
+        tally = self._meters.tally("trilobe_token_pending", client=entry.grant.client, token=entry.grant.id)
+        return Client(entry.grant, entry.sha256, tally=tally)
 
 
 _NONE, _WRONG, _EXPIRED = "no token came with the request", "the token is not known", "the token has expired"

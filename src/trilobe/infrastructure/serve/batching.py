@@ -15,7 +15,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import attrgetter
 from queue import SimpleQueue
 from typing import Any, Literal, Protocol
 
@@ -57,8 +58,8 @@ class Meter(Protocol):
     def batch(self, queue_ns: Sequence[int], rows: int, infer_ns: int) -> None:
         """One batch ran: the waiting times of its requests, its rows, its computing time."""
 
-    def request(self, total_ns: int, input_ns: int, output_ns: int) -> None:
-        """One request was answered: in all, in reading it, in writing the answer."""
+    def answered(self, total_ns: Sequence[int], input_ns: int, output_ns: int) -> None:
+        """Requests were answered: how long each took in all; reading them, and writing the answers, summed."""
 
     def failed(self, reason: str, n: int = 1) -> None:
         """Requests failed: REJECTED, CANCELED, BACKEND or OTHER."""
@@ -100,8 +101,8 @@ class Queue:
     """Requests for one step, ``run``: from arrays with n rows each to arrays with n rows each.
 
     Requests whose rows look alike are joined; the row of an answer depends on its own row alone, and where a batch
-    fails its requests are run one by one, so that only the guilty fail. ``cost`` is the measured mean of seconds for a
-    row (the first guess is given); ``label`` is what traces call this step ("": it is all there is).
+    fails its requests are run one by one, so that only the guilty fail. ``cost`` is what a row usually takes, in
+    seconds, as measured (the first guess is given); ``label`` is what traces call this step ("": it is all there is).
 
     >>> async def three() -> list[int]:
     ...     queue = Queue("double", lambda data: {"y": 2 * data["x"]}, Scheduler(1))
@@ -131,6 +132,7 @@ class Queue:
         self.used = 0.0
         self._lanes: dict[_Lane, deque[_Ticket]] = {}
         self._told = 0
+        self._shares: tuple[float, ...] = ()  # seconds for a row, of the last three batches
 
     @property
     def busy(self) -> bool:
@@ -219,93 +221,70 @@ class Queue:
 
     def due(self) -> float:
         """Seconds until the next batch should start: 0 unless a delay was asked for and there is room for more."""
-        if not self.settings.delay or self.waiting >= self.settings.max_batch:
+        if not self.waiting or self.waiting >= self.settings.max_batch:
             return 0.0
         oldest = min(tickets[0].arrived for tickets in self._lanes.values())
         return max(0.0, self.settings.delay - (time.perf_counter_ns() - oldest) / 1e9)
 
-    def compute(self, batch: "list[_Ticket]") -> "_Done":
-        """Run a batch and finish each answer; any thread may."""
+    def compute(self, batch: "list[_Ticket]") -> "list[_Done]":
+        """Run a batch and finish each answer; any thread may. Where it fails, its requests are run one by one."""
         start = time.perf_counter_ns()
-        rows = [ticket.rows for ticket in batch]
+        rows = sum([ticket.rows for ticket in batch])
         try:
             inputs, outputs = self._outputs(batch, rows)
-            error = None
         except Exception as caught:  # noqa: BLE001 (the request's future raises it)
             if len(batch) > 1:  # somebody in it is to blame: find out who
-                return _Done.joined([self.compute([ticket]) for ticket in batch])
-            inputs, outputs, error = {}, {}, caught
-        computed = time.perf_counter_ns()
-        done = _Done([start - ticket.arrived for ticket in batch], sum(rows), computed - start)
+                return [done for ticket in batch for done in self.compute([ticket])]
+            done = _Done(batch, rows, start, time.perf_counter_ns(), [caught])
+        else:
+            done = _Done(batch, rows, start, time.perf_counter_ns(), [])
+            if self.watch is not None:
+                self.watch(inputs, outputs)
+            done.finish(outputs)
         for ticket in batch:
             if ticket.trace is not None:
-                ticket.trace.step(ticket.arrived, start, computed, self.label, done.rows)
-        if error is not None:
-            done.answers.append((batch[0], None, error))
-            return done
-        if self.watch is not None:
-            self.watch(inputs, outputs)
-        at = 0
-        for ticket in batch:
-            own = outputs if len(batch) == 1 else {k: v[at : at + ticket.rows] for k, v in outputs.items()}
-            at += ticket.rows
-            try:
-                answer = ticket.finish(own) if ticket.finish is not None else own
-                now = time.perf_counter_ns()
-                done.output_ns.append(now - computed)
-                computed = now
-                done.answers.append((ticket, answer, None))
-            except Exception as caught:  # noqa: BLE001 (an answer that cannot be encoded is one request's trouble)
-                done.answers.append((ticket, None, caught))
-        return done
+                ticket.trace.step(ticket.arrived, start, done.computed, self.label, rows)
+        return [done]
 
-    def _outputs(self, batch: "list[_Ticket]", rows: list[int]) -> tuple[Arrays, dict[str, NDArray[Any]]]:
+    def _outputs(self, batch: "list[_Ticket]", rows: int) -> tuple[Arrays, dict[str, NDArray[Any]]]:
         inputs = batch[0].inputs
         if len(batch) > 1:
             inputs = {name: np.concatenate([ticket.inputs[name] for ticket in batch]) for name in inputs}
         outputs = dict(self.run(inputs))
-        n = sum(rows)
         if self.joins:
             for name, array in outputs.items():
-                if array.shape[:1] != (n,):
+                if array.shape[:1] != (rows,):
                     raise ServeError(
-                        f"step {self.name!r} gave {name!r} with the shape {list(array.shape)}", expected=f"{n} rows"
+                        f"step {self.name!r} gave {name!r} with the shape {list(array.shape)}", expected=f"{rows} rows"
                     )
         return inputs, outputs
 
-    def deliver(self, done: "_Done") -> None:
+    def deliver(self, parts: "list[_Done]") -> None:
         """Hand the answers out; in the loop's thread."""
-        self.batches += 1
-        seconds = done.infer_ns / 1e9
-        self.used += seconds
-        if self.meter is not None:
-            self._count(done)
-        share = seconds / max(1, done.rows)
-        self.cost = 0.9 * self.cost + 0.1 * share if self.cost else share
-        for ticket, answer, error in done.answers:
-            future = ticket.future
-            if future.done():  # too late, or nobody waits any more
-                continue
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(answer)
-
-    def _count(self, done: "_Done") -> None:
-        meter = self.meter
-        if meter is None:
-            return
-        pairs = zip(done.answers, done.queue_ns, strict=True)
-        good = [(ticket, waited) for (ticket, _, error), waited in pairs if error is None]
-        if good:
-            meter.batch([waited for _, waited in good], sum(ticket.rows for ticket, _ in good), done.infer_ns)
-            for (ticket, waited), output_ns in zip(good, done.output_ns, strict=True):
-                meter.request(ticket.input_ns + waited + done.infer_ns + output_ns, ticket.input_ns, output_ns)
-        if failed := len(done.answers) - len(good):
-            meter.failed("BACKEND", failed)
-        if self.waiting != self._told:
-            meter.pending(self.waiting - self._told)
+        for done in parts:
+            self.batches += 1
+            seconds = (done.computed - done.started) / 1e9
+            self.used += seconds
+            if self.meter is not None:
+                done.count(self.meter)
+            self._learn(seconds / max(1, done.rows))
+            for ticket, answer in zip(done.batch, done.answers, strict=True):
+                future = ticket.future
+                if future.done():  # too late, or nobody waits any more
+                    continue
+                if isinstance(answer, Exception):
+                    future.set_exception(answer)
+                else:
+                    future.set_result(answer)
+        if self.meter is not None and self.waiting != self._told:
+            self.meter.pending(self.waiting - self._told)
             self._told = self.waiting
+
+    def _learn(self, share: float) -> None:
+        """What a row costs: a moving mean of medians of three, for a process that was put aside once is not slow."""
+        self._shares = recent = (*self._shares[-2:], share)
+        typical = sorted(recent)[1] if len(recent) == 3 else share
+        self.cost = 0.9 * self.cost + 0.1 * typical if self.cost else typical
 
     def give_up(self, batch: "list[_Ticket]") -> None:
         """The batch ran for too long: the thread it keeps is written off. A request that was alone hears so.
@@ -332,19 +311,44 @@ class Queue:
 
 @dataclass(slots=True)
 class _Done:
-    queue_ns: list[int]
-    rows: int
-    infer_ns: int
-    answers: list[tuple[_Ticket, Any, Exception | None]] = field(default_factory=list)
-    output_ns: list[int] = field(default_factory=list)
+    """A batch that ran, from ``started`` to ``computed``; of each of its requests the answer, or why there is none."""
 
-    @classmethod
-    def joined(cls, parts: "list[_Done]") -> "_Done":
-        queue = [ns for part in parts for ns in part.queue_ns]
-        done = cls(queue, sum(p.rows for p in parts), sum(p.infer_ns for p in parts))
-        done.answers = [answer for part in parts for answer in part.answers]
-        done.output_ns = [ns for part in parts for ns in part.output_ns]
-        return done
+    batch: list[_Ticket]
+    rows: int
+    started: int
+    computed: int
+    answers: list[Any]
+    output_ns: int = 0
+
+    def finish(self, outputs: dict[str, NDArray[Any]]) -> None:
+        """Make the answers of what the batch gave."""
+        at = 0
+        for ticket in self.batch:
+            own = outputs
+            if len(self.batch) > 1:
+                own = {name: array[at : at + ticket.rows] for name, array in outputs.items()}
+                at += ticket.rows
+            try:
+                self.answers.append(own if ticket.finish is None else ticket.finish(own))
+            except Exception as caught:  # noqa: BLE001 (an answer that cannot be encoded is one request's trouble)
+                self.answers.append(caught)
+        self.output_ns = time.perf_counter_ns() - self.computed
+
+    def count(self, meter: Meter) -> None:
+        """Tell the figures."""
+        good = [t for t, answer in zip(self.batch, self.answers, strict=True) if not isinstance(answer, Exception)]
+        if failed := len(self.batch) - len(good):
+            meter.failed("BACKEND", failed)
+        if good:
+            rows = sum([ticket.rows for ticket in good])
+            meter.batch([self.started - ticket.arrived for ticket in good], rows, self.computed - self.started)
+            # An answer is written as soon as its batch is computed, and sent when all of the batch are written.
+            spent = self.computed + self.output_ns
+            total = [ticket.input_ns + spent - ticket.arrived for ticket in good]
+            meter.answered(total, sum([ticket.input_ns for ticket in good]), self.output_ns)
+
+
+_used = attrgetter("used")
 
 
 class Scheduler:
@@ -359,6 +363,7 @@ class Scheduler:
         self.free = self.threads = threads or len(os.sched_getaffinity(0))
         self.lost = 0
         self._ready: dict[Queue, None] = {}
+        self._least = 0.0  # seconds used by the least served of those that had something to run
         self._turn_is_due = False
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._started = 0
@@ -366,8 +371,8 @@ class Scheduler:
     def wake(self, queue: Queue) -> None:
         """``queue`` has something to run."""
         if queue not in self._ready:
-            if not queue.running and self._ready:  # a queue that rested has no claim to the time it did not use
-                queue.used = max(queue.used, min(other.used for other in self._ready))
+            if not queue.running and queue.used < self._least:  # who rested has no claim to the time it did not use
+                queue.used = self._least
             self._ready[queue] = None
         if not self._turn_is_due:
             self._turn_is_due = True
@@ -380,19 +385,27 @@ class Scheduler:
 
     def _turn(self) -> None:
         self._turn_is_due = False
-        ready = list(self._ready) if len(self._ready) < 2 else sorted(self._ready, key=lambda queue: queue.used)
-        for queue in ready:
-            if not queue.waiting:
-                del self._ready[queue]
-            elif pause := queue.due():
-                del self._ready[queue]
+        ready = self._ready
+        queues = list(ready) if len(ready) < 2 else sorted(ready, key=_used)
+        if queues:
+            self._least = queues[0].used
+        inline = []
+        for queue in queues:
+            if queue.settings.delay and (pause := queue.due()):
+                del ready[queue]
                 self.loop.call_later(pause, self.wake, queue)
-            elif queue.inline:
-                if batch := queue.take():
-                    queue.deliver(queue.compute(batch))
-            else:
+                continue
+            if not queue.inline:
                 self._dispatch(queue)
-        if any(queue.inline or self._may_run(queue) for queue in self._ready):
+            elif batch := queue.take():
+                inline.append((queue, batch))
+            if not queue.waiting:
+                del ready[queue]
+        # All batches are computed, then all handed out: each kind of work finds its code and data in the caches.
+        computed = [(queue, queue.compute(batch)) for queue, batch in inline]
+        for queue, done in computed:
+            queue.deliver(done)
+        if any(queue.inline or self._may_run(queue) for queue in ready):
             self._turn_is_due = True
             self.loop.call_soon(self._turn)
 
@@ -424,7 +437,7 @@ class Scheduler:
             except RuntimeError:  # the loop has ended: nobody waits
                 return
 
-    def _back(self, job: "_Job", done: _Done) -> None:
+    def _back(self, job: "_Job", done: list[_Done]) -> None:
         if job.given_up:  # a moment too late; its thread has a successor already and must go
             self._jobs.put(None)
             return

@@ -1,6 +1,6 @@
 """Pipelines of several steps over one request: a graph that is declared, or a Python function that calls steps.
 
-Both are a :class:`Flow`: what goes in, what comes out, the steps it may call, and an async function that calls them.
+Both are a :class:`Flow`: what goes in, what comes out, the steps it may start, and an async function that does so.
 A step is a model served beside it (by name, so a swap reaches the flow at once) or a function. Each has its own queue
 and its own batches, across all requests and flows that call it; a function may branch, loop and stop early between
 calls. A request holds each array once, whoever reads it, and models with equal preparations share that too.
@@ -9,18 +9,19 @@ calls. A request holds each array once, whoever reads it, and models with equal 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
 from trilobe.errors import DataError, ServeError, TrilobeError, UsageError
 from trilobe.infrastructure.pipeline import Arrays, TensorSpec, declared
 
-Step = Callable[..., Awaitable[dict[str, NDArray[Any]]]]
+Start = Callable[..., "asyncio.Future[dict[str, NDArray[Any]]]"]
 FlowFunction = Callable[..., Awaitable[Mapping[str, NDArray[Any]]]]
 Known = Mapping[str, tuple[Sequence[TensorSpec], Sequence[TensorSpec]]]  # of each step: what it takes, what it gives
 
@@ -75,7 +76,7 @@ class Flow:
     """Several steps behind one name.
 
     ``steps`` are the names it calls them by: a :class:`Function`, or the name of a model served beside it. ``run`` gets
-    one awaitable callable for each step and the request's arrays, all by name. ``check`` holds it against what its
+    for each step a function that starts it, and the request's arrays, all by name. ``check`` holds it against what its
     steps take and give now, and says what it gives itself (default: nothing to hold, ``outputs``).
     """
 
@@ -104,9 +105,22 @@ def flow(
     def declare(run: FlowFunction) -> Flow:
         if both := set(named) & set(inputs):
             raise UsageError(f"pipeline {run!r} calls a step and an input {min(both)!r}", expected="names of their own")
-        return Flow(getattr(run, "__name__", "flow"), _specs(inputs), _specs(outputs), named, run)
+
+        async def begin(**given: Any) -> Mapping[str, NDArray[Any]]:
+            return await run(**{key: _coroutine(it) if key in named else it for key, it in given.items()})
+
+        return Flow(getattr(run, "__name__", "flow"), _specs(inputs), _specs(outputs), named, begin)
 
     return declare
+
+
+def _coroutine(start: Start) -> FlowFunction:
+    """A step as people expect to call it: they may make a task of the call, or not await it at all."""
+
+    async def call(**arrays: Any) -> dict[str, NDArray[Any]]:
+        return await start(**arrays)
+
+    return call
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,24 +153,18 @@ def graph(name: str, inputs: Mapping[str, str], outputs: Mapping[str, str], node
     given_specs = _specs(inputs)
     order = _order(name, inputs, outputs, nodes)
 
+    needs = _needs(nodes)
+    plan = _Plan(nodes, needs, {n: [m for m in order if n in needs[m]] for n in order})
+    first = [n for n in order if not needs[n]]
+
     async def run(**given: Any) -> Mapping[str, NDArray[Any]]:
-        running: dict[str, asyncio.Task[dict[str, NDArray[Any]]]] = {}
-
-        async def value(ref: str) -> NDArray[Any]:
-            start, dot, rest = ref.partition(".")
-            array: NDArray[Any] = (await running[start])[rest] if dot else given[start]
-            return array
-
-        async def one(node: Node, call: Step) -> dict[str, NDArray[Any]]:
-            return await call(**{key: await value(ref) for key, ref in node.inputs.items()})
-
+        under_way = _Run(plan, given)
         try:
-            async with asyncio.TaskGroup() as group:
-                for step in order:
-                    running[step] = group.create_task(one(nodes[step], given[step]))
-        except ExceptionGroup as failures:
-            raise _first(failures) from None
-        return {key: await value(ref) for key, ref in outputs.items()}
+            under_way.start(first)
+            await under_way.end
+        finally:
+            under_way.cancel()
+        return {key: under_way.values[ref] for key, ref in outputs.items()}
 
     def check(known: Known) -> tuple[TensorSpec, ...]:
         given = {spec.name: spec for spec in given_specs}
@@ -181,6 +189,70 @@ def graph(name: str, inputs: Mapping[str, str], outputs: Mapping[str, str], node
     return Flow(name, given_specs, (), {n: node.step for n, node in nodes.items()}, run, check)
 
 
+class _Plan(NamedTuple):
+    """The nodes of a graph, the steps that each one ``needs``, and those that wait for it."""
+
+    nodes: Mapping[str, Node]
+    needs: Mapping[str, Set[str]]
+    readers: Mapping[str, Sequence[str]]
+
+
+class _Run:
+    """One request on its way through a graph: a step is started by whichever of those it needs comes last.
+
+    Nine steps over one array are nine entries in queues, made in one go; no task waits for any of them. ``values`` are
+    the request's arrays and the steps' outputs by ``step.output``; ``end`` is done when all have run, or one has not.
+    """
+
+    __slots__ = ("end", "missing", "plan", "running", "values")
+
+    def __init__(self, plan: _Plan, given: Mapping[str, Any]) -> None:
+        self.plan, self.values = plan, dict(given)
+        self.end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.missing = {step: len(needed) for step, needed in plan.needs.items()}
+        self.running: dict[str, asyncio.Future[dict[str, NDArray[Any]]]] = {}
+
+    def start(self, steps: Iterable[str]) -> None:
+        """Start ``steps``, which have what they need; where nothing is under way then, this was all."""
+        values = self.values
+        try:
+            for step in steps:
+                arrays = {key: values[ref] for key, ref in self.plan.nodes[step].inputs.items()}
+                future = self.running[step] = values[step](**arrays)
+                future.add_done_callback(partial(self._finished, step))
+        except Exception as error:  # noqa: BLE001 (what refuses a step refuses the request)
+            self.end.set_exception(error)
+        if not self.running and not self.end.done():
+            self.end.set_result(None)
+
+    def _finished(self, step: str, future: "asyncio.Future[dict[str, NDArray[Any]]]") -> None:
+        del self.running[step]
+        error = None if future.cancelled() else future.exception()
+        if self.end.done():
+            return
+        if future.cancelled():
+            self.end.cancel()
+        elif error is not None:
+            self.end.set_exception(error)
+        else:
+            for name, array in future.result().items():
+                self.values[f"{step}.{name}"] = array
+            missing = self.missing
+            for reader in self.plan.readers[step]:
+                missing[reader] -= 1
+            self.start([reader for reader in self.plan.readers[step] if not missing[reader]])
+
+    def cancel(self) -> None:
+        """Take out of their queues whatever still waits."""
+        for future in self.running.values():
+            future.cancel()
+
+
+def _needs(nodes: Mapping[str, Node]) -> dict[str, set[str]]:
+    """The steps that each step reads from."""
+    return {n: {ref.partition(".")[0] for ref in node.inputs.values() if "." in ref} for n, node in nodes.items()}
+
+
 def _order(name: str, inputs: Mapping[str, str], outputs: Mapping[str, str], nodes: Mapping[str, Node]) -> list[str]:
     """The steps in an order in which they can run; refused where there is none or something reads what is not there."""
     sources = [(f"step {n!r}", ref) for n, node in nodes.items() for ref in node.inputs.values()]
@@ -193,9 +265,8 @@ def _order(name: str, inputs: Mapping[str, str], outputs: Mapping[str, str], nod
             )
     if both := set(nodes) & set(inputs):
         raise UsageError(f"pipeline {name!r} calls a step and an input {min(both)!r}", expected="names of their own")
-    needs = {n: {ref.split(".")[0] for ref in node.inputs.values() if "." in ref} for n, node in nodes.items()}
     try:
-        return list(TopologicalSorter(needs).static_order())
+        return list(TopologicalSorter(_needs(nodes)).static_order())
     except CycleError as error:
         raise UsageError(
             f"pipeline {name!r} goes in a circle: {' -> '.join(error.args[1])}",
@@ -209,12 +280,6 @@ def _found(given: Mapping[str, TensorSpec], ref: str, where: str) -> TensorSpec:
         has = sorted(key for key in given if key.partition(".")[0] == start)
         raise UsageError(f"{where} reads {ref!r}, which is not there", expected=f"one of {has}")
     return given[ref]
-
-
-def _first(group: BaseExceptionGroup[Any]) -> BaseException:
-    """The error that began it: the tasks beside it were only cancelled."""
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def _short(spec: TensorSpec) -> str:

@@ -3,7 +3,8 @@
 ``inference.proto`` beside this file says what is spoken; it is read here when the server starts, so there is no
 generated code, and in a descriptor pool of its own, so that a client's generated code in the same process is no
 conflict. Inference goes straight to :meth:`Server.infer`. All else is asked of :meth:`Server.handle` as an HTTP client
-would, and its JSON retold, so the two front ends cannot differ in what they say or whom they let in.
+would, and its JSON retold, so the two front ends cannot differ in what they say or whom they let in. A call is seen as
+one over HTTP is: in the figures, in the log of requests (with the status HTTP would give) and in traces.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
@@ -22,16 +24,22 @@ from numpy.typing import NDArray
 
 from trilobe.errors import DataError, MissingExtra, PortInUse, ServeError
 from trilobe.infrastructure.pipeline import pack
+from trilobe.infrastructure.serve.access import Client
 from trilobe.infrastructure.serve.http import Request
+from trilobe.infrastructure.serve.logs import request_id
 from trilobe.infrastructure.serve.protocol import Call, Reader, Slot, Wanted, Writer, say
 
 if TYPE_CHECKING:
     from trilobe.infrastructure.serve.server import Result, Server
+    from trilobe.infrastructure.serve.traces import Trace
 
 SERVICE = "inference.GRPCInferenceService"
 LARGE = 256 * 1024  # bytes of a request that is read beside the event loop, not in it
 MAX_CALLS = 4096  # under way at once; more are refused before they are read
+ID = "x-request-id"  # of the metadata: what a call is known by, the client's or ours; it is sent back
+_NOBODY = Client()
 _CODES = {
+    200: "OK",
     400: "INVALID_ARGUMENT",
     401: "UNAUTHENTICATED",
     403: "PERMISSION_DENIED",
@@ -191,7 +199,7 @@ def read_call(request: Any, reader: Reader, remaining: float | None = None) -> C
         raise DataError(f"{len(raw)} raw contents for {len(request.inputs)} inputs", expected="one for each, or none")
     arrays: dict[str, NDArray[Any]] = {}
     for i, tensor in enumerate(request.inputs):
-        slot = reader.slot(tensor.name, arrays)
+        slot = reader.slot(tensor.name, arrays, tensor.datatype)
         shape = list(tensor.shape)
         slot.check(tensor.datatype, shape)
         if "shared_memory_region" in tensor.parameters:
@@ -294,7 +302,7 @@ class _Front:
 
     async def infer(self, request: Any, context: Any) -> Any:
         """ModelInfer."""
-        answer = await self._tried(self._infer(request, *_who(context), context.time_remaining()))
+        answer = await self._observed(request, *_who(context), context.time_remaining())
         return answer if not isinstance(answer, _Failed) else await _abort(context, answer)
 
     async def stream(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
@@ -302,7 +310,7 @@ class _Front:
         gives = self.messages["ModelStreamInferResponse"]
         headers, peer = _who(context)
         async for request in requests:
-            answer = await self._tried(self._infer(request, headers, peer, context.time_remaining()))
+            answer = await self._observed(request, headers, peer, context.time_remaining())
             if isinstance(answer, _Failed):
                 yield gives(error_message=str(answer))
                 continue
@@ -311,19 +319,43 @@ class _Front:
             yield gives(infer_response=answer)
 
     async def _tried(self, answer: Awaitable[Any]) -> Any:
-        """The answer, or what went wrong as :class:`_Failed`."""
+        """The answer, or what went wrong as :class:`_Failed`; counted by its status."""
         try:
-            return await answer
+            found = await answer
+        except asyncio.CancelledError:
+            self.server.meters.count("trilobe_grpc_responses_total", code="CANCELLED")
+            raise
         except _Failed as failed:
-            return failed
+            found = failed
         except Exception as error:  # noqa: BLE001 (the server knows what to say of any)
             status, headers, body = self.server.explain(error)
-            return _Failed(status, msgspec.json.decode(body)["error"], headers)
+            found = _Failed(status, msgspec.json.decode(body)["error"], headers)
+        self.server.meters.count("trilobe_grpc_responses_total", code=_code(_status(found)))
+        return found
 
-    async def _infer(self, request: Any, headers: Mapping[str, str], peer: str, remaining: float | None) -> Any:
-        start = time.perf_counter_ns()
+    async def _observed(self, request: Any, headers: Mapping[str, str], peer: str, remaining: float | None) -> Any:
+        """The answer to one request, or :class:`_Failed`; noted in a trace or in the log where its turn comes."""
+        server, start, client = self.server, time.perf_counter_ns(), _NOBODY
+        trace = server.traces.begin(headers) if server.traces is not None else None
+
+        async def answered() -> Any:
+            nonlocal client
+            client = server.gate.client(headers, peer)
+            return await self._infer(request, client, start, remaining, trace)
+
+        answer = await self._tried(answered())
+        status, name, version = _status(answer), request.model_name, request.model_version
+        if trace is not None:
+            trace.end(name, version, status, grpc=_code(status))
+        if server.access is not None:
+            seconds = (time.perf_counter_ns() - start) / 1e9
+            server.access(headers[ID], name, version, status, seconds, client.name)
+        return answer
+
+    async def _infer(
+        self, request: Any, client: Client, start: int, remaining: float | None, trace: "Trace | None"
+    ) -> Any:
         server, name = self.server, request.model_name
-        client = server.gate.client(headers, peer)
         client.require("infer", name)
         chosen = server.choose(name, request.model_version)
         if request.ByteSize() > LARGE:
@@ -336,10 +368,10 @@ class _Front:
             return write_answer(call, result.outputs, result.version.writer, result.parameters)
 
         if not client.limited:
-            return await server.infer(name, chosen, call, finish, time.perf_counter_ns() - start)
+            return await server.infer(name, chosen, call, finish, time.perf_counter_ns() - start, trace)
         client.enter()
         try:
-            return await server.infer(name, chosen, call, finish, time.perf_counter_ns() - start)
+            return await server.infer(name, chosen, call, finish, time.perf_counter_ns() - start, trace)
         finally:
             client.leave()
 
@@ -400,18 +432,30 @@ _ASKED: dict[str, Callable[[Any], _Asked]] = {
 
 
 def _who(context: Any) -> tuple[dict[str, str], str]:
-    """The metadata as headers, and the common name of the client's certificate, where it showed one."""
+    """The metadata as headers, and the common name of the client's certificate, where it showed one.
+
+    A call without a usable id is given one. The id goes back with the answer, or with the error.
+    """
     headers = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    headers[ID] = request_id(headers) or token_hex(16)
+    context.set_trailing_metadata(((ID, headers[ID]),))
     names = context.auth_context().get("x509_common_name", [b""])
     return headers, names[0].decode(errors="replace")
+
+
+def _status(answer: Any) -> int:
+    return answer.status if isinstance(answer, _Failed) else 200
+
+
+def _code(status: int) -> str:
+    return _CODES.get(status, "INTERNAL")
 
 
 async def _abort(context: Any, failed: _Failed) -> Any:
     import grpc
 
-    code = grpc.StatusCode[_CODES.get(failed.status, "INTERNAL")]
-    trailing = [(name.lower(), value) for name, value in failed.headers.items() if name.lower() == "retry-after"]
-    await context.abort(code, str(failed), tuple(trailing))
+    kept = tuple((name.lower(), value) for name, value in failed.headers.items() if name.lower() == "retry-after")
+    await context.abort(grpc.StatusCode[_code(failed.status)], str(failed), (*context.trailing_metadata(), *kept))
 
 
 class GrpcFront(NamedTuple):

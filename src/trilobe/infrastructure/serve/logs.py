@@ -102,7 +102,8 @@ def access_log(share: float, seed: int | None = None) -> Access | None:
     def log(request_id: str, model: str, version: str, status: int, seconds: float, client: str = "") -> None:
         if status >= 500 or draw() < share:
             fields = (request_id, model, version, status, seconds, client)
-            logger.info("request", extra=dict(zip(FIELDS, fields, strict=True)))
+            said = (model, status, 1e3 * seconds, request_id, client and f" of {client}")
+            logger.info("%s: %d in %.2f ms (%s)%s", *said, extra=dict(zip(FIELDS, fields, strict=True)))
 
     return log
 

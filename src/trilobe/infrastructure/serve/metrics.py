@@ -91,9 +91,12 @@ _MADE = (
 )
 _NAMED = (  # for Meters.count and Meters.gauge; all others are made of a model's numbers, or asked of the machine
     Family("trilobe_deferred_total", "counter", ("model",), "Answers left to a person"),
-    Family("trilobe_shadow_total", "counter", ("model", "agrees"), "Answers compared with those of the shadow"),
+    Family("trilobe_deferral_refused_total", "counter", ("model",), "Answers in doubt that too many already wait for"),
+    Family("trilobe_shadow_total", "counter", (*_MODEL, "agrees"), "Answers compared with those of the shadow version"),
     Family("trilobe_captures_dropped_total", "counter", (), "Captures that could not be written"),
     Family("trilobe_http_responses_total", "counter", ("code",), "HTTP responses by status"),
+    Family("trilobe_grpc_responses_total", "counter", ("code",), "gRPC answers by status"),
+    Family("trilobe_token_pending", "gauge", ("client", "token"), "Requests under way by a token that has max_pending"),
     Family("trilobe_connections", "gauge", (), "Open connections"),
     Family("trilobe_ready", "gauge", (), "Worker processes in which everything that should answer can"),
     Family("trilobe_worker_starts_total", "counter", ("worker",), "How often a worker process was started"),
@@ -135,12 +138,14 @@ class Meter:
                 slots[_QUEUE + bisect_left(BOUNDS, ns)] += 1
             slots[_LAST] = time.time_ns()
 
-    def request(self, total_ns: int, input_ns: int, output_ns: int) -> None:
-        """One request was answered, ``total_ns`` after it arrived; parsing and encoding took their parts of that."""
+    def answered(self, total_ns: Sequence[int], input_ns: int, output_ns: int) -> None:
+        """Requests were answered, each so long after it arrived; ``input_ns`` went into parsing all of them,
+        ``output_ns`` into encoding all their answers."""
         slots = self._slots
         with self._lock:
-            slots[_REQUEST + bisect_left(BOUNDS, total_ns)] += 1
-            slots[_REQUEST_NS] += total_ns
+            for ns in total_ns:
+                slots[_REQUEST + bisect_left(BOUNDS, ns)] += 1
+            slots[_REQUEST_NS] += sum(total_ns)
             slots[_INPUT_NS] += input_ns
             slots[_OUTPUT_NS] += output_ns
 
@@ -194,6 +199,37 @@ class Part:
                 slots[_STEP_QUEUE + bisect_left(BOUNDS, ns)] += 1
 
 
+class Tally:
+    """A number that all processes of a server add up, as things stand: each has its part, which ends when it does.
+
+    One thread of each process adds. A neighbor that begins, or dies, is seen within a second.
+
+    >>> tally = Meters().tally("trilobe_token_pending", client="web", token="a1")
+    >>> tally.add(3)
+    >>> tally.add(-1)
+    >>> tally.total()
+    2
+    """
+
+    __slots__ = ("_around", "_key", "_ledger", "_own", "_theirs")
+
+    def __init__(self, ledger: "_Ledger", key: _Key) -> None:
+        self._ledger, self._key, self._own = ledger, key, ledger.slots(*key)
+        self._around: Sequence[Mapping[_Key, _Slots]] = ()
+        self._theirs: list[_Slots] = []
+
+    def add(self, n: int) -> None:
+        """So many more (fewer: a negative number)."""
+        self._own[0] += n
+
+    def total(self) -> int:
+        """How many all processes that live have now."""
+        around = self._ledger.neighbors()
+        if around is not self._around:
+            self._around, self._theirs = around, [index[self._key] for index in around if self._key in index]
+        return int(self._own[0] + sum([slots[0] for slots in self._theirs]))
+
+
 class Meters:
     """All figures of one process, and the sum of those of all processes that count in ``folder``.
 
@@ -237,10 +273,26 @@ class Meters:
         with self._lock:
             slots[0] += n
 
+    def counted(self, name: str, **labels: object) -> int:
+        """What a counter has come to in all processes.
+
+        >>> meters = Meters()
+        >>> meters.count("trilobe_http_responses_total", 2, code=200)
+        >>> [meters.counted("trilobe_http_responses_total", code=code) for code in (200, 404)]
+        [2, 0]
+        """
+        key = ("counter", name, *(_clean(str(labels[label])) for label in _LABELS[name]))
+        return _summed(self._ledger.workers()).get(key, [0])[0]
+
     def gauge(self, name: str, value: int, **labels: object) -> None:
         """Say how it stands in this process; a scrape shows the sum over those that live. Raises as :meth:`count`."""
         slots = self._named.get(("gauge", name, tuple(labels.items()))) or self._find("gauge", name, labels)
         slots[0] = value
+
+    def tally(self, name: str, **labels: object) -> Tally:
+        """A gauge of which every process sees the sum, not only a scrape. Raises as :meth:`count`."""
+        self._find("gauge", name, labels)
+        return Tally(self._ledger, ("gauge", name, *(_clean(str(labels[label])) for label in _LABELS[name])))
 
     def close(self) -> None:
         """This process counts no more: its counters stay, its gauges go."""
@@ -310,7 +362,7 @@ class Meters:
                 queue, compute = s[_STEP_QUEUE:_STEP_QUEUE_NS], s[_STEP_COMPUTE:_STEP_COMPUTE_NS]
                 _tell_times(lines, "trilobe_step_queue_duration_seconds", tags, queue, s[_STEP_QUEUE_NS])
                 _tell_times(lines, "trilobe_step_compute_duration_seconds", tags, compute, s[_STEP_COMPUTE_NS])
-            elif key[1] in _LABELS:
+            elif len(key) - 2 == len(_LABELS.get(key[1], key)):  # not what a version with other labels left behind
                 _tell(lines, key[1], _tags(_LABELS[key[1]], key[2:]), s[0])
         alive = [worker for worker in workers if worker.alive]
         _tell(lines, "trilobe_workers", "", len(alive))
@@ -486,6 +538,7 @@ _HEAD = Struct("=16sq40x")
 _BLOCK = Struct("=IIII")
 _SIZE = Struct("=I")
 _CHUNK = max(65536, mmap.ALLOCATIONGRANULARITY)
+_LOOK_SECONDS = 0.5  # how old what is known of neighbors may be
 
 
 class _Ledger:
@@ -498,6 +551,8 @@ class _Ledger:
         self._mine = ""
         self._free = memoryview(b"")
         self._index: dict[_Key, _Slots] = {}
+        self._around: list[Mapping[_Key, _Slots]] = []
+        self._looked_at = float("-inf")
         self._warned: set[Path] = set()
         if folder is not None:
             try:
@@ -520,6 +575,15 @@ class _Ledger:
         paths = sorted(self.folder.glob(f"*{SUFFIX}")) if self.folder is not None else []
         others = [self._read(path) for path in paths if path.name != self._mine]
         return [_Worker(self.worker, os.getpid(), True, numbers), *(other for other in others if other is not None)]
+
+    def neighbors(self) -> list[Mapping[_Key, _Slots]]:
+        """The numbers of the other processes that live, where these write them. The same list until one is new."""
+        if self.folder is None or time.monotonic() - self._looked_at < _LOOK_SECONDS:
+            return self._around
+        self._looked_at = time.monotonic()
+        found = [self._mapped(path) for path in sorted(self.folder.glob(f"*{SUFFIX}")) if path.name != self._mine]
+        self._around = [mapped[2] for mapped in found if mapped is not None and mapped[1]]
+        return self._around
 
     def close(self) -> None:
         """Let go of the file: others may take it up, and think nobody lives there."""
@@ -586,6 +650,15 @@ class _Ledger:
 
     def _read(self, path: Path) -> _Worker | None:
         """What another process counted so far; None for what is no such file."""
+        found = self._mapped(path)
+        if found is None:
+            return None
+        pid, alive, index = found
+        numbers = {key: slots.tolist() for key, slots in index.items()}
+        return _Worker(path.name.removesuffix(SUFFIX), pid, alive, numbers)
+
+    def _mapped(self, path: Path) -> tuple[int, bool, dict[_Key, _Slots]] | None:
+        """The process of another file, whether it lives, and its numbers; None for what is no such file."""
         try:
             fd = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -600,10 +673,7 @@ class _Ledger:
             index, _, problem = _blocks(view)
             if problem:
                 self._warn(path, problem)
-            if not index:
-                return None
-            numbers = {key: slots.tolist() for key, slots in index.items()}
-            return _Worker(path.name.removesuffix(SUFFIX), _HEAD.unpack_from(view)[1], alive, numbers)
+            return (_HEAD.unpack_from(view)[1], alive, index) if index else None
         finally:
             os.close(fd)
 

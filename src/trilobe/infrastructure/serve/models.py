@@ -31,7 +31,7 @@ from trilobe.infrastructure.serve.protocol import Call, Reader, Refused, Writer
 from trilobe.types import Bundle
 
 Load = Callable[[Bundle], Servable]
-Watch = Callable[[str, Servable, Arrays, Mapping[str, NDArray[Any]]], None]
+Watch = Callable[..., None]  # of the name called, a bundle's id, inputs, replies; of a shadow, what was answered beside
 Threshold = Callable[[str, Bundle], float | None]
 VersionState = Literal["creating", "ready", "failed", "deleting"]
 DRAIN_SECONDS = 60.0
@@ -43,17 +43,21 @@ logger = logging.getLogger(__name__)
 class Version:
     """One loaded servable: its queue, its figures, its state.
 
-    Rows of which it is less sure than its ``threshold`` are left to people (None: it answers all).
+    Rows of which it is less sure than its ``threshold`` are left to people (None: it answers all). ``files`` is the
+    same for requests that bring whole files.
     """
 
     def __init__(
         self, name: str, id_: str, servable: Servable, queue: Queue, meter: Meter, preparation: Queue | None = None,
-        rest: Queue | None = None,
+        rest: Queue | None = None, unseen: Queue | None = None, files: "Version | None" = None,
     ) -> None:  # fmt: skip
         self.name, self.id, self.servable, self.queue, self.meter = name, id_, servable, queue, meter
         self.preparation, self.rest = preparation, rest
+        self.unseen = unseen or queue  # for calls that are captured as somebody else's: a pipeline's, or beside another
+        self.proba = _judged(servable.inputs, servable.outputs[:1])
         self.threshold: float | None = None
-        self.reader = Reader(servable.inputs, servable.outputs)
+        self.files = files
+        self.reader: Reader = Reader(servable.inputs, servable.outputs, files.reader if files is not None else None)
         self.writer = Writer(servable.outputs, name, id_, servable.labels)
         self.state: VersionState = "ready"
         self.since = time.time()
@@ -72,14 +76,25 @@ class Version:
     @property
     def busy(self) -> bool:
         """Whether requests wait for it or are under way."""
-        return any(queue.busy for queue in (self.queue, self.preparation, self.rest) if queue is not None)
+        parts = self.queue, self.preparation, self.rest, self.unseen, self.files
+        return any(part.busy for part in parts if part is not None)
+
+    def of(self, inputs: Arrays) -> "Version":
+        """Itself, or the one for files where these ``inputs`` are some."""
+        files = self.files
+        return files if files is not None and inputs[files.inputs[0].name].dtype.kind == "O" else self
+
+    @property
+    def defers(self) -> bool:
+        """Whether answers may be left to people."""
+        return self.threshold is not None
 
     def submit(
         self, inputs: Arrays, rows: int, finish: Finish | None, priority: int = 0, timeout: float | None = None,
         input_ns: int = 0, trace: Trace | None = None,
     ) -> "asyncio.Future[Any]":  # fmt: skip
         """See :meth:`~trilobe.infrastructure.serve.batching.Queue.submit`."""
-        return self.queue.submit(inputs, rows, finish, priority, timeout, input_ns, trace)
+        return self.of(inputs).queue.submit(inputs, rows, finish, priority, timeout, input_ns, trace)
 
 
 class _StepMeter:
@@ -88,7 +103,7 @@ class _StepMeter:
     def __init__(self, part: Part) -> None:
         self.batch = part.batch
 
-    def request(self, total_ns: int, input_ns: int, output_ns: int) -> None:
+    def answered(self, total_ns: Sequence[int], input_ns: int, output_ns: int) -> None:
         """Counted with the flow."""
 
     def failed(self, reason: str, n: int = 1) -> None:
@@ -98,15 +113,27 @@ class _StepMeter:
         """Counted with the flow."""
 
 
+class Handed(dict[str, NDArray[Any]]):
+    """The outputs of a pipeline, and the version ``of`` a model whose answer it hands on (None: it made its own)."""
+
+    of: Version | None = None
+
+
 class FlowVersion:
-    """A pipeline of several steps, called like a model. Every step waits in its own queue."""
+    """A pipeline of several steps, called like a model. Every step waits in its own queue.
+
+    Of its requests the first input is captured, as it came, with the first output that holds probabilities of each row
+    (``proba``). Where that is what a model said, untouched, it is an answer of that model's bundle: it has its
+    baseline, and its threshold for what is left to people.
+    """
 
     platform = "trilobe_flow"
     state: VersionState = "ready"
-    threshold: float | None = None  # a flow answers for itself, whatever its steps are in doubt about
+    threshold: float | None = None  # that of the model whose answer it hands on, which each request may decide
 
     def __init__(self, flow: Flow, outputs: tuple[TensorSpec, ...], repository: "Repository") -> None:
         self.name, self.id, self.flow, self.outputs = flow.name, "1", flow, outputs
+        self.proba = _judged(flow.inputs, outputs)
         self.inputs, self.since, self.under_way = flow.inputs, time.time(), 0
         self.meter = repository.meters.of(flow.name, self.id)
         self.reader, self.writer = Reader(flow.inputs, outputs), Writer(outputs, flow.name, self.id)
@@ -131,12 +158,18 @@ class FlowVersion:
         """Whether requests are under way."""
         return self.under_way > 0
 
+    @property
+    def defers(self) -> bool:
+        """Whether answers may be left to people."""
+        return self._repository.defers and bool(self.proba)
+
     def submit(
         self, inputs: Arrays, rows: int, finish: Finish | None, priority: int = 0, timeout: float | None = None,
         input_ns: int = 0, trace: Trace | None = None,
     ) -> "asyncio.Future[Any]":  # fmt: skip
         """See :meth:`~trilobe.infrastructure.serve.batching.Queue.submit`."""
-        request = _FlowRequest(priority, trace, {})
+        followed = bool(self.proba) and (self._repository.watch is not None or self._repository.defers)
+        request = _FlowRequest(priority, trace, {}, [] if followed else None)
         return self._repository.scheduler.loop.create_task(self._run(inputs, rows, finish, timeout, input_ns, request))
 
     async def _run(
@@ -144,13 +177,16 @@ class FlowVersion:
         request: "_FlowRequest",
     ) -> Any:  # fmt: skip
         start = time.perf_counter_ns()
-        steps = {name: partial(self._step, name, request) for name in self.flow.steps}
+        steps = {name: partial(self._start, name, request) for name in self.flow.steps}
         self.under_way += 1
         try:
             async with asyncio.timeout(timeout):
                 outputs = dict(await self.flow.run(**steps, **inputs))
-            outputs = declared(outputs, self.outputs, f"pipeline {self.name!r}")
+            # What a graph gives is what its steps gave, whose values have been looked at there.
+            outputs = declared(outputs, self.outputs, f"pipeline {self.name!r}", values=self.flow.check is None)
             computed = time.perf_counter_ns()
+            if request.asked is not None:
+                outputs = self._handed(inputs, rows, outputs, request)
             answer = finish(outputs) if finish is not None else outputs
         except TimeoutError:
             self.meter.failed("OTHER")
@@ -165,25 +201,43 @@ class FlowVersion:
             self.under_way -= 1
         end = time.perf_counter_ns()
         self.meter.batch([0], rows, computed - start)
-        self.meter.request(input_ns + end - start, input_ns, end - computed)
+        self.meter.answered([input_ns + end - start], input_ns, end - computed)
         return answer
 
-    async def _step(self, name: str, request: "_FlowRequest", /, **arrays: NDArray[Any]) -> Any:
+    def _handed(self, inputs: Arrays, rows: int, outputs: Arrays, request: "_FlowRequest") -> Handed:
+        """The outputs with whose they are; captured where that is wanted."""
+        handed, replies = Handed(outputs), outputs[self.proba]
+        if len(replies) == rows:
+            handed.of = request.giver(replies)
+            if self._repository.watch is not None:
+                bundle_id = handed.of.id if handed.of is not None else ""
+                self._repository.watch(self.name, bundle_id, inputs[self.inputs[0].name], replies)
+        return handed
+
+    def _start(self, name: str, request: "_FlowRequest", /, **arrays: NDArray[Any]) -> "asyncio.Future[Any]":
         rows, how = len(next(iter(arrays.values()))), (request.priority, None, 0, request.trace)
-        if name in self._queues:
-            return await self._queues[name].submit(arrays, rows, None, *how)
+        queue = self._queues.get(name)
+        if queue is not None:
+            return queue.submit(arrays, rows, None, *how)
         version = self._repository.model(str(self.flow.steps[name])).choose()
         for spec in version.inputs:
-            if spec.name not in arrays or arrays[spec.name].dtype != spec.dtype:
+            array = arrays.get(spec.name)
+            if array is None or array.dtype != spec.dtype:
                 raise ServeError(f"step {name!r} got {sorted(arrays)}", expected=f"{spec.name!r} as {spec.datatype}")
-            spec.check_shape(arrays[spec.name].shape)
+            spec.check_shape(array.shape)
         if not isinstance(version, Version) or version.preparation is None or version.rest is None:
-            return await version.submit(arrays, rows, None, *how)
+            asked = version.unseen if isinstance(version, Version) else version
+            return request.note(version, asked.submit(arrays, rows, None, *how))
         # Models with equal preparations of the same arrays share one: made once, held once.
         key = version.servable.preparation, *map(id, arrays.values())
-        if key not in request.prepared:
-            request.prepared[key] = version.preparation.submit(arrays, rows, None, *how)
-        return await version.rest.submit(await request.prepared[key], rows, None, *how)
+        prepared = request.prepared.get(key)
+        if prepared is None:
+            prepared = request.prepared[key] = version.preparation.submit(arrays, rows, None, *how)
+
+        async def rest(queue: Queue) -> Any:
+            return await queue.submit(await prepared, rows, None, *how)
+
+        return request.note(version, self._repository.scheduler.loop.create_task(rest(version.rest)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +247,21 @@ class _FlowRequest:
     priority: int
     trace: Trace | None
     prepared: dict[Any, "asyncio.Future[Any]"]
+    asked: "list[tuple[AnyVersion, asyncio.Future[Any]]] | None" = None  # None: it does not matter who said what
+
+    def note(self, version: "AnyVersion", answer: "asyncio.Future[Any]") -> "asyncio.Future[Any]":
+        """The same ``answer``, of which it is known who gives it."""
+        if self.asked is not None:
+            self.asked.append((version, answer))
+        return answer
+
+    def giver(self, replies: NDArray[Any]) -> Version | None:
+        """The model that said exactly that, if one did."""
+        for version, answer in self.asked or ():
+            given = answer.done() and not answer.cancelled() and answer.exception() is None
+            if given and isinstance(version, Version) and answer.result().get(version.proba) is replies:
+                return version
+        return None
 
 
 AnyVersion = Version | FlowVersion
@@ -239,8 +308,8 @@ class Repository:
     """All models of one process, and the way from what is wished for to what is served.
 
     Lives in one event loop; bundles are read, built and warmed up in a thread beside it. ``load`` says what a bundle
-    means; ``watch`` sees every batch of every version (for captures); ``threshold`` says below which confidence a
-    bundle behind a name leaves answers to people.
+    means; ``watch`` sees what is asked by name and what is said (for captures), beside it what a shadow says;
+    ``threshold`` says below which confidence a bundle behind a name leaves answers to people.
     """
 
     def __init__(
@@ -257,6 +326,7 @@ class Repository:
         self.models: dict[str, Model] = {}
         self.scheduler, self.meters, self.batching, self.watch = scheduler, meters, dict(batching or {}), watch
         self._load, self._threshold = load, threshold
+        self.defers = False  # whether anything served here may leave an answer to people
         self.unloaded: list[str] = []
         # One thread for all: each new one would take, and keep, a part of the heap for itself.
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="loading")
@@ -359,6 +429,7 @@ class Repository:
                 _expect_proba(servable)
             known = model.versions[bundle.id] = self._version(model.name, bundle.id, servable, cost, joins)
             known.threshold = threshold
+            self.defers = self.defers or known.defers
         return known
 
     def _build(self, bundle: Bundle) -> tuple[Servable, float, bool]:
@@ -369,19 +440,34 @@ class Repository:
     def _version(self, name: str, id_: str, servable: Servable, cost: float, joins: bool) -> Version:
         meter = self.meters.of(name, id_)
         settings = self.batching.get(name) or self.batching.get("")
-        watch = self.watch
-        seen = None if watch is None else (lambda inputs, outputs: watch(id_, servable, inputs, outputs))
+        watch, proba = self.watch, _judged(servable.inputs, servable.outputs[:1])
+        seen = None
+        if watch is not None and proba:
+            source = servable.inputs[0].name
+
+            def seen(inputs: Arrays, outputs: Arrays) -> None:
+                watch(name, id_, inputs[source], outputs[proba])
+
+        elif watch is not None:
+            logger.info("what %r answers is not captured: its first output holds no probabilities of each row", name)
 
         def queue(part: Servable, name: str, label: str = "", seen: Any = None) -> Queue:
+            # A file takes any time to be read: in a thread, and each request by itself.
+            how = (_in_threads(settings), False, FIRST_GUESS) if part is servable.files else (settings, joins, cost)
             return Queue(
-                name, part.run, self.scheduler, settings, joins=joins, cost=cost, meter=meter, watch=seen, label=label
+                name, part.run, self.scheduler, how[0], joins=how[1], cost=how[2], meter=meter, watch=seen, label=label
             )
 
+        files = None
+        if servable.files is not None:
+            whole, copies = queue(servable.files, name, "", seen), queue(servable.files, name)
+            files = Version(name, id_, servable.files, whole, meter, unseen=copies)
         parts = servable.parts() if joins else None
+        unseen = None if seen is None else queue(servable, name)
         if parts is None:
-            return Version(name, id_, servable, queue(servable, name, "", seen), meter)
+            return Version(name, id_, servable, queue(servable, name, "", seen), meter, unseen=unseen, files=files)
         first, rest = queue(parts[0], f"{name}: preparation", f"{name}: preparation"), queue(parts[1], name, name)
-        return Version(name, id_, servable, queue(servable, name, "", seen), meter, first, rest)
+        return Version(name, id_, servable, queue(servable, name, "", seen), meter, first, rest, unseen, files)
 
     def _let_go(self, model: Model, version: AnyVersion) -> None:
         """No new request gets it; those under way finish; then its memory is free."""
@@ -409,7 +495,7 @@ class Repository:
         """Have a call answered by the version chosen for it; a shadow gets a copy."""
         shadow = model.versions.get(model.shadow) if model.shadow else None
         how = call.priority, call.timeout, input_ns, trace
-        if not isinstance(shadow, Version) or shadow is chosen or shadow.queue.waiting >= SHADOW_PENDING:
+        if not isinstance(shadow, Version) or shadow is chosen or shadow.unseen.waiting >= SHADOW_PENDING:
             return chosen.submit(call.inputs, call.rows, finish, *how)
         said: dict[str, NDArray[Any]] = {}
 
@@ -418,30 +504,37 @@ class Repository:
             return finish(outputs)
 
         answer = chosen.submit(call.inputs, call.rows, keep, *how)
-        self._shade(model, shadow, call.inputs, call.rows, answer, said)
+        self._shade(chosen, shadow, call.inputs, call.rows, answer, said)
         return answer
 
     def _shade(
         self,
-        model: Model,
+        live: AnyVersion,
         shadow: Version,
         inputs: Arrays,
         rows: int,
         answer: "asyncio.Future[Any]",
         said: Mapping[str, NDArray[Any]],
     ) -> None:
-        """Ask the shadow the same, behind everybody else, and count how often it agrees."""
+        """Ask the shadow the same, behind everybody else; count how often it agrees, and capture both answers."""
         try:
+            shadow = shadow.of(inputs)
             for spec in shadow.inputs:
                 spec.check(inputs[spec.name])
-            copy = shadow.submit(inputs, rows, None, priority=9)
+            copy = shadow.unseen.submit(inputs, rows, None, priority=9)
         except (DataError, KeyError):
             return
 
         def compare(done: "asyncio.Future[Any]") -> None:
-            if not done.cancelled() and not done.exception() and said:
-                agrees = str(_agree(said, done.result())).lower()
-                self.meters.count("trilobe_shadow_total", model=model.name, agrees=agrees)
+            if done.cancelled() or done.exception() or not said:
+                return
+            told = done.result()
+            agreed = _agreeing(said, told, rows)
+            for n, agrees in ((agreed, "true"), (rows - agreed, "false")):
+                self.meters.count("trilobe_shadow_total", n, model=live.name, version=shadow.id, agrees=agrees)
+            if self.watch is not None and live.proba and shadow.proba:
+                source = inputs[shadow.inputs[0].name]
+                self.watch(live.name, shadow.id, source, told[shadow.proba], live.id, said[live.proba])
 
         answer.add_done_callback(lambda _: copy.add_done_callback(compare))
 
@@ -451,12 +544,22 @@ def _in_threads(settings: Batching | None) -> Batching:
     return replace(settings or Batching(), where="threads")
 
 
-def _agree(first: Mapping[str, NDArray[Any]], second: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether two answers say the same: the most probable class of their first output, or all of it."""
+def _agreeing(first: Arrays, second: Arrays, rows: int) -> int:
+    """In how many rows two answers say the same: the most probable class of their first output, or all of it."""
     a, b = next(iter(first.values())), next(iter(second.values()))
-    if a.dtype.kind == "f" and a.ndim > 1 and a.shape == b.shape:
-        return bool((a.argmax(axis=-1) == b.argmax(axis=-1)).all())
-    return np.array_equal(a, b)
+    if a.shape != b.shape:
+        return 0
+    best = a.dtype.kind == "f" and a.ndim > 1
+    same = np.asarray(a.argmax(axis=-1) == b.argmax(axis=-1) if best else a == b, dtype=bool)
+    return int(same.reshape(rows, -1).all(axis=1).sum()) if a.shape[:1] == (rows,) else rows * bool(same.all())
+
+
+def _judged(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> str:
+    """The first of the outputs that may hold probabilities of each row; "" where the first input is not one of rows."""
+    first = inputs[0]
+    if first.shape[:1] != (-1,) or (first.dtype.kind == "O" and len(first.shape) > 1):
+        return ""
+    return next((s.name for s in outputs if s.dtype.kind == "f" and len(s.shape) == 2 and s.shape[0] == -1), "")
 
 
 def _expect_proba(servable: Servable) -> None:

@@ -6,7 +6,7 @@ Ray's proxy costs more than our own front: use it to grow over machines, not to 
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,22 @@ from typing import Any
 from trilobe.errors import MissingExtra, ServeError
 from trilobe.infrastructure.capture import CaptureLog
 from trilobe.infrastructure.endpoint import Wish
+from trilobe.infrastructure.serve.access import Gate
 from trilobe.infrastructure.serve.asgi import Asgi
+from trilobe.infrastructure.serve.logs import access_log
 from trilobe.infrastructure.serve.models import Load
-from trilobe.infrastructure.serve.process import Settings
+from trilobe.infrastructure.serve.process import Settings, gate_for
 from trilobe.infrastructure.serve.server import MAX_BODY, Server
+from trilobe.infrastructure.serve.traces import open_traces
 
 
 async def _make(
     name: str, load: Load, wishes: Mapping[str, Wish], captures: Path | None, rate: float, max_body: int,
-    settings: Settings,
+    settings: Settings, gate: Callable[[], Gate],
 ) -> Server:  # fmt: skip
     log = CaptureLog(captures, name, rate) if captures is not None else None
-    server = Server(name, load, log, max_body, settings.flows, settings.batching, threads=settings.threads)
+    server = Server(name, load, log, max_body, settings.flows, settings.batching, threads=settings.threads, gate=gate())
+    server.traces, server.access = open_traces(), access_log(settings.log_share)
     await server.apply(wishes)
     if not server.repository.ready:
         reasons = [model.error for model in server.repository.models.values() if model.error]
@@ -43,12 +47,14 @@ def start_on_ray(
     capture_rate: float = 0.0,
     max_body: int = MAX_BODY,
     settings: Settings | None = None,
+    folder: Path | None = None,
 ) -> str:
     """Deploy to the Ray cluster of this process (a local one is started where there is none); the endpoint's URL.
 
-    ``settings.workers`` are the replicas. Bundles must lie where every node finds them by the same path. Deploying the
-    same name again replaces it without a failed request. Raises :class:`~trilobe.errors.MissingExtra` without Ray
-    Serve, :class:`~trilobe.errors.ServeError` where the deployment does not become healthy.
+    ``settings.workers`` are the replicas. Bundles, and the tokens of ``settings`` or ``folder``, must lie where every
+    node finds them by the same path. Deploying the same name again replaces it without a failed request. Raises
+    :class:`~trilobe.errors.MissingExtra` without Ray Serve, :class:`~trilobe.errors.ConfigError` where everybody who
+    reaches ``host`` could do everything, :class:`~trilobe.errors.ServeError` where it does not become healthy.
     """
     try:
         from ray import serve
@@ -57,7 +63,9 @@ def start_on_ray(
             "Ray Serve is not installed", expected="ray with its serving part", hint="pip install 'trilobe[ray]'"
         ) from error
     settings = settings or Settings()
-    make = partial(_make, name, load, dict(wishes), captures, capture_rate, max_body, settings)
+    gate = partial(gate_for, folder.resolve(), host, settings) if folder else partial(Gate, None)
+    gate().check_host(host, open=settings.open, encrypted=False)
+    make = partial(_make, name, load, dict(wishes), captures, capture_rate, max_body, settings, gate)
     replica: Any = serve.deployment(
         name=name, num_replicas=settings.workers, max_ongoing_requests=1024, ray_actor_options={"num_cpus": 1}
     )(serve.ingress(Asgi(make))(_Replica))

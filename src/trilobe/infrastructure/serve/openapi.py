@@ -157,6 +157,7 @@ def _infer(identifier: str, name: str, versions: Sequence[Described]) -> Schema:
     given = [_answer(version) for version in versions]
     responses = _answers(None, f"what {name} makes of it", s400="the request does not fit", s404="no such model",
                          s503="overloaded, or not ready: see Retry-After", s504="too late")  # fmt: skip
+    taking_files = any(getattr(getattr(version, "reader", None), "files", None) is not None for version in versions)
     responses["200"]["content"] = {
         JSON: {"schema": given[0] if len(given) == 1 else {"anyOf": given}},
         BINARY: {"schema": {"type": "string", "contentMediaType": BINARY}},
@@ -181,6 +182,7 @@ def _infer(identifier: str, name: str, versions: Sequence[Described]) -> Schema:
                     "examples": {version.id: {"value": example(version)} for version in versions},
                 },
                 BINARY: {"schema": {"type": "string", "contentMediaType": BINARY}},
+                **({"image/*": {"schema": {"type": "string", "contentMediaType": "image/*"}}} if taking_files else {}),
             },
         },
         "responses": responses,

@@ -25,10 +25,10 @@ from typing import Any, NoReturn
 import msgspec
 from msgspec.structs import replace
 
-from trilobe.errors import NotFoundError, PortInUse, ServeError, TrilobeError
+from trilobe.errors import ConfigError, NotFoundError, PortInUse, ServeError, TrilobeError
 from trilobe.files import write_atomically
 from trilobe.infrastructure.capture import CaptureLog
-from trilobe.infrastructure.desk import Desk
+from trilobe.infrastructure.desk import LIMIT, Desk
 from trilobe.infrastructure.endpoint import (
     Served,
     State,
@@ -40,6 +40,7 @@ from trilobe.infrastructure.endpoint import (
     wish_for,
     write_state,
 )
+from trilobe.infrastructure.serve.access import FILE as TOKENS
 from trilobe.infrastructure.serve.access import Gate, is_loopback, server_context
 from trilobe.infrastructure.serve.batching import Batching
 from trilobe.infrastructure.serve.graph import Flow
@@ -70,12 +71,15 @@ class Settings:
         batching: how the models of that name are run; ``""`` is the default for all.
         limits: what one client may ask for.
         tls: certificate, key and, where clients must show a certificate too, the authority that signs theirs.
+        tokens: the file that says who may do what (None: ``tokens.json`` in the endpoint's folder). One that is named
+            and not there is an error, unless ``open``.
         open: serve other machines without tokens and without their certificates.
         max_memory: bytes of one worker, beyond which it is replaced (0: none).
         log_share: share of the requests that get a line in the log.
         json_log: whether the log is JSON lines.
         defer: what says, of a bundle, below which confidence an answer is left to people (None: no answer is). It
             raises where the bundle cannot keep what was promised.
+        max_waiting: answers that may wait for people; beyond that, what is in doubt is answered all the same.
     """
 
     workers: int = 1
@@ -86,11 +90,13 @@ class Settings:
     batching: Mapping[str, Batching] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     tls: tuple[Path, Path, Path | None] | None = None
+    tokens: Path | None = None
     open: bool = False
     max_memory: int = 0
     log_share: float = 0.0
     json_log: bool = False
     defer: Callable[[Bundle], float] | None = None
+    max_waiting: int = LIMIT
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -166,13 +172,15 @@ def serve_forever(
     if settings.json_log:
         handler = logging.StreamHandler()
         handler.setFormatter(JsonFormatter())
-        logging.basicConfig(handlers=[handler], level=logging.INFO)
+        logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)  # the command line has set one up
     try:
         state = State(name, "creating", pid=os.getpid(), since=time.time())
         write_state(folder, state)
         read_desired(folder)
         tls = settings.tls
-        Gate(folder).check_host(host, bool(tls and tls[2]), settings.open, encrypted=tls is not None)
+        gate_for(folder, host, settings).check_host(
+            host, bool(tls and tls[2]), settings.open, encrypted=tls is not None
+        )
         job = _Job(folder, name, load, captures, host, capture_rate, max_body, settings)
         with bind(host, port) as listener:
             scheme = "https" if settings.tls else "http"
@@ -190,6 +198,27 @@ def serve_forever(
         os.close(lock)
 
 
+def gate_for(folder: Path, host: str, settings: Settings, meters: Meters | None = None) -> Gate:
+    """Who may do what: by the tokens that the settings name, else those of the endpoint's ``folder``.
+
+    A secret that was not mounted must not leave the door open: raises :class:`~trilobe.errors.ConfigError` where the
+    file that was named is not there.
+
+    >>> gate_for(Path("nowhere"), "127.0.0.1", Settings(tokens=Path("no-tokens.json")))
+    Traceback (most recent call last):
+    trilobe.errors.ConfigError: there is no file of tokens at no-tokens.json; ...
+    """
+    file = settings.tokens or folder / TOKENS
+    gate = Gate(file.parent, is_loopback(host) and not settings.open, file.name, meters)
+    if settings.tokens and not (gate.shut or settings.open):
+        raise ConfigError(
+            f"there is no file of tokens at {file}",
+            expected="one that `trilobe token CLIENT --file FILE` wrote, mounted there",
+            hint="TRILOBE_TOKENS names another place; TRILOBE_OPEN=1 serves whoever reaches the port",
+        )
+    return gate
+
+
 # --- one worker -----------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +231,7 @@ async def _serve(
     for sign in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sign, ended.set)
     threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // settings.workers)
+    meters = Meters(job.folder / "metrics", worker)
     server = Server(
         job.name,
         job.load,
@@ -209,12 +239,12 @@ async def _serve(
         job.max_body,
         settings.flows,
         settings.batching,
-        Meters(job.folder / "metrics", worker),
-        Gate(job.folder, is_loopback(job.host) and not settings.open),
+        meters,
+        gate_for(job.folder, job.host, settings, meters),
         threads,
     )
     server.traces, server.access = open_traces(), access_log(settings.log_share)
-    server.deferral = Deferral(Desk(job.folder), settings.defer)
+    server.deferral = Deferral(Desk(job.folder, settings.max_waiting), settings.defer)
     server.control = _control(job, server)
     limits = dataclasses.replace(settings.limits, max_body=job.max_body, max_connections=_room(settings.limits))
     front = HttpServer(server.handle, limits, server.explain)
@@ -260,6 +290,7 @@ async def _follow(
             if desired.deployment != state.deployment:
                 await server.apply(desired.models)
                 gc.freeze()  # what is loaded stays: looking through it again and again costs a tenth of all time
+                gc.set_threshold(10_000)  # a turn of 64 requests makes some 700 objects, all gone when it is over
                 state = replace(_described(server, state), deployment=desired.deployment, since=time.time())
                 tried.set()
             if state is not said:
@@ -408,6 +439,8 @@ def _supervise(job: _Job, listener: socket.socket, state: State) -> None:
                 logger.error("worker %d (pid %d) ended; another takes its place", gone.number, pid)
                 if time.monotonic() - gone.born < 2.0:  # it cannot even begin: do not burn the machine with attempts
                     time.sleep(1.0)
+            if not workers:  # all ended at once: what was said last holds until there are others
+                continue
             for worker in workers.values():
                 _end_if_ill(job, worker)
             merged = replace(_merged(job, state, workers), workers={"alive": len(workers), "restarts": restarts})

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from secrets import token_hex
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -18,18 +19,19 @@ import msgspec
 from numpy.typing import NDArray
 
 from trilobe import __version__
-from trilobe.errors import NotFoundError, TrilobeError
+from trilobe.errors import BundleError, NotFoundError, TrilobeError
+from trilobe.infrastructure.bundle import read_json
 from trilobe.infrastructure.capture import CaptureLog
 from trilobe.infrastructure.desk import Desk, doubted, parameters
 from trilobe.infrastructure.endpoint import Wish
-from trilobe.infrastructure.pipeline import Arrays, Servable, TensorSpec
+from trilobe.infrastructure.pipeline import Arrays, TensorSpec
 from trilobe.infrastructure.serve.access import Client, Gate
 from trilobe.infrastructure.serve.batching import Batching, Scheduler, blame
 from trilobe.infrastructure.serve.graph import Flow
 from trilobe.infrastructure.serve.http import Reply, Request, json_reply
 from trilobe.infrastructure.serve.logs import Access, request_id
 from trilobe.infrastructure.serve.metrics import CONTENT_TYPE, Meters
-from trilobe.infrastructure.serve.models import AnyVersion, Load, Model, Repository, Version
+from trilobe.infrastructure.serve.models import AnyVersion, Handed, Load, Model, Repository, Version
 from trilobe.infrastructure.serve.protocol import HEADER_LENGTH, Call, Refused, compress, decompress
 from trilobe.infrastructure.serve.traces import Trace, Traces
 from trilobe.types import Bundle
@@ -64,7 +66,7 @@ class _Doubtful(NamedTuple):
 
     outputs: Arrays
     rows: Sequence[int]
-    keep: Callable[[], list[str]]
+    keep: Callable[[], list[str | None]]
 
 
 class Control(NamedTuple):
@@ -106,6 +108,7 @@ class Server:
         self.traces: Traces | None = None
         self.access: Access | None = None
         self.deferral: Deferral | None = None
+        self._classes: Any = None
         self.name, self.captures, self.max_body = name, captures, max_body
         self.meters, self.gate = meters or Meters(None), gate or Gate(None)
         self.scheduler = Scheduler(threads)
@@ -118,7 +121,8 @@ class Server:
 
     async def apply(self, wishes: Mapping[str, Wish]) -> None:
         """Make what is served agree with ``wishes``; see :meth:`Repository.apply`."""
-        await self.repository.apply({name or self.name: wish for name, wish in wishes.items()})
+        # The endpoint's own is first (its name is "" there): what is beside it is held against it.
+        await self.repository.apply({name or self.name: wish for name, wish in sorted(wishes.items())})
 
     def close(self) -> None:
         """Make the captures durable and end the threads; nothing may be under way any more."""
@@ -137,6 +141,7 @@ class Server:
         call: Call,
         finish: Callable[[Result], Any] = lambda result: result,
         input_ns: int = 0,
+        trace: Trace | None = None,
     ) -> "asyncio.Future[Any]":
         """A future of the answer to ``call``, or of what ``finish`` makes of it where it was computed.
 
@@ -148,7 +153,7 @@ class Server:
         def tell(outputs: Arrays, said: Mapping[str, Any] = NOTHING) -> Any:
             return finish(Result(outputs, chosen, said))
 
-        return self._answer(model, chosen, call, tell, input_ns)
+        return self._answer(model, chosen, call, tell, input_ns, trace)
 
     def choose(self, name: str, version: str = "") -> AnyVersion:
         """The version whose turn it is to answer a call by that name; raises :class:`Refused` where there is none."""
@@ -162,9 +167,23 @@ class Server:
     # --- what is left to people
 
     def _threshold(self, name: str, bundle: Bundle) -> float | None:
-        """Only the endpoint's own model leaves anything to people: they answer about its classes."""
-        choose = self.deferral.choose if self.deferral is not None and name == self.name else None
-        return choose(bundle) if choose is not None else None
+        """Below which confidence that bundle leaves answers to people, if it does.
+
+        People know the classes of the endpoint's own, which must keep what was promised. What is served beside it and
+        answers about the same does so where it can.
+        """
+        choose = self.deferral.choose if self.deferral is not None else None
+        if choose is None:
+            return None
+        classes = read_json(bundle, "labels.json").get("names")
+        if name == self.name:
+            self._classes = classes
+            return choose(bundle)
+        try:
+            return choose(bundle) if classes and classes == self._classes else None
+        except BundleError as error:
+            logger.warning("%r leaves nothing to people: %s", name, error)
+            return None
 
     def _answer(
         self,
@@ -176,16 +195,20 @@ class Server:
         trace: Trace | None = None,
     ) -> "asyncio.Future[Any]":
         """A future of what ``finish`` makes of the outputs (and of what must be said about them, if anything)."""
-        if self.deferral is None or not isinstance(chosen, Version) or chosen.threshold is None:
+        if self.deferral is None or not chosen.defers:
             return self.repository.answer(model, chosen, call, finish, input_ns, trace)
-        servable, threshold, desk = chosen.servable, chosen.threshold, self.deferral.desk
-        source, proba = servable.inputs[0].name, servable.outputs[0].name
+        desk, source, proba = self.deferral.desk, chosen.inputs[0].name, chosen.proba
+        called = model.name if model.name != self.name else ""
 
         def look(outputs: Arrays) -> Any:
-            rows = doubted(outputs[proba], threshold)
+            giver = outputs.of if isinstance(outputs, Handed) else chosen
+            if not isinstance(giver, Version) or giver.threshold is None:
+                return finish(outputs)
+            rows = doubted(outputs[proba], giver.threshold)
             if not rows:
                 return finish(outputs, parameters(call.rows, [], []))
-            return _Doubtful(outputs, rows, partial(desk.keep, chosen.id, call.inputs[source], outputs[proba], rows))
+            keep = partial(desk.keep, giver.id, call.inputs[source], outputs[proba], rows, called)
+            return _Doubtful(outputs, rows, keep)
 
         answer = self.repository.answer(model, chosen, call, look, input_ns, trace)
         return self.scheduler.loop.create_task(self._deferred(answer, chosen.name, call, finish))
@@ -195,8 +218,11 @@ class Server:
         found = await answer
         if not isinstance(found, _Doubtful):
             return found
-        self.meters.count("trilobe_deferred_total", len(found.rows), model=name)
         ids = await self.scheduler.loop.run_in_executor(self._diary, found.keep)
+        refused = ids.count(None)
+        self.meters.count("trilobe_deferred_total", len(ids) - refused, model=name)
+        if refused:
+            self.meters.count("trilobe_deferral_refused_total", refused, model=name)
         if lost := ids.count(""):
             self.meters.count("trilobe_captures_dropped_total", lost)
         return finish(found.outputs, parameters(call.rows, found.rows, ids))
@@ -204,7 +230,7 @@ class Server:
     def _fetch(self, name: str, id_: str) -> Reply:
         """What became of what was left to people under that id."""
         self.repository.model(name)
-        said = self.deferral.desk.look(id_) if self.deferral is not None and name == self.name else None
+        said = self.deferral.desk.look(id_) if self.deferral is not None else None
         if said is None:
             raise Refused(404, f"{name!r} left nothing to people under that id", expected="one of its deferred_ids")
         if not said:
@@ -213,15 +239,26 @@ class Server:
 
     # --- captures
 
-    def _watch(self, bundle_id: str, servable: Servable, inputs: Arrays, outputs: Mapping[str, NDArray[Any]]) -> None:
-        """Keep rows of the first input and the first output: behind the answers, in the one thread that may."""
-        self._diary.submit(self._capture, bundle_id, inputs[servable.inputs[0].name], outputs[servable.outputs[0].name])
+    def _watch(self, name: str, *what: Any) -> None:
+        """Keep rows of what was asked by that name and what was said: behind the answers, in the one thread that may.
 
-    def _capture(self, bundle_id: str, inputs: NDArray[Any], outputs: NDArray[Any]) -> None:
+        ``what`` is the bundle that answered, the input, its replies; of a shadow, the live bundle and its replies too.
+        """
+        self._diary.submit(self._capture, name if name != self.name else "", *what)
+
+    def _capture(
+        self,
+        model: str,
+        bundle_id: str,
+        inputs: NDArray[Any],
+        replies: NDArray[Any],
+        live: str = "",
+        live_replies: NDArray[Any] | None = None,
+    ) -> None:
         captures = cast("CaptureLog", self.captures)
         dropped = captures.dropped
         try:
-            captures.append(bundle_id, inputs, outputs)
+            captures.append(bundle_id, inputs, replies, model, live, live_replies)
         except TrilobeError as error:
             logger.warning("a request was not captured: %s", error)
         if captures.dropped > dropped:
@@ -334,6 +371,7 @@ class Server:
         self, name: str, version: str, request: Request, client: Client, start: int
     ) -> "asyncio.Future[Reply]":
         """One request, noted in a trace or in the log where its turn comes."""
+        known_by = request.headers["x-request-id"] = request_id(request.headers) or token_hex(16)
         trace = self.traces.begin(request.headers) if self.traces is not None else None
 
         async def follow() -> Reply:
@@ -343,11 +381,12 @@ class Server:
                 raise
             except Exception as error:  # noqa: BLE001 (explain logs what is ours)
                 reply = self.explain(error)
+                reply[1]["x-request-id"] = known_by
             if trace is not None:
                 trace.end(name, version, reply[0])
             if self.access is not None:
                 seconds = (time.perf_counter_ns() - start) / 1e9
-                self.access(request_id(request.headers), name, version, reply[0], seconds, client.name)
+                self.access(known_by, name, version, reply[0], seconds, client.name)
             return reply
 
         return self.scheduler.loop.create_task(follow())
@@ -486,6 +525,8 @@ class Server:
             ]
 
         known = {} if version.threshold is None else {"deferral_threshold": {"string_value": str(version.threshold)}}
+        if version.reader.files is not None:  # what may come as files, or as the body of a request
+            known["files"] = {"string_value": version.reader.files.inputs[0].name}
         return {
             "name": version.name,
             "platform": version.platform,
@@ -503,9 +544,19 @@ class Server:
 
     def _statistics(self, version: AnyVersion) -> dict[str, Any]:
         figures = self.meters.statistics(version.name, version.id)
-        if isinstance(getattr(version, "servable", None), Servable):
-            times = cast("Any", version).servable.pipeline.times()
+        if isinstance(version, Version):
+            times = version.servable.pipeline.times()
+            if version.servable.files is not None:  # the same model, called with files
+                for step, (n, ns) in version.servable.files.pipeline.times().items():
+                    before = times.get(step, (0, 0))
+                    times[step] = before[0] + n, before[1] + ns
             figures["steps"] = {step: {"count": n, "ns": ns} for step, (n, ns) in times.items()}
+        if self.repository.model(version.name).shadow == version.id:
+            same, other = (
+                self.meters.counted("trilobe_shadow_total", model=version.name, version=version.id, agrees=agrees)
+                for agrees in ("true", "false")
+            )
+            figures["shadow"] = {"compared": same + other, "agreed": same}
         return figures
 
 

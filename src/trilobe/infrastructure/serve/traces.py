@@ -42,9 +42,12 @@ class Trace:
         self.spans.append((f"queue {name}".rstrip(), queued, started, what))
         self.spans.append((f"compute {name}".rstrip(), started, ended, {**what, "trilobe.batch_size": rows}))
 
-    def end(self, model: str, version: str, status: int, error: str = "") -> None:
-        """The request is answered, with this HTTP status; ``error`` says what went wrong."""
-        self._traces.record(self, time.perf_counter_ns(), model, version, status, error)
+    def end(self, model: str, version: str, status: int, error: str = "", grpc: str = "") -> None:
+        """The request is answered, with this HTTP status; ``error`` says what went wrong.
+
+        Over gRPC the status is what HTTP would have said, and ``grpc`` the name of what was.
+        """
+        self._traces.record(self, time.perf_counter_ns(), model, version, status, error, grpc)
 
 
 class Traces:
@@ -66,14 +69,16 @@ class Traces:
         wanted = parent[2] if parent is not None else self._draw() < self.share
         return Trace(self, headers) if wanted else None
 
-    def record(self, trace: Trace, ended: int, model: str, version: str, status: int, error: str = "") -> None:
+    def record(
+        self, trace: Trace, ended: int, model: str, version: str, status: int, error: str = "", grpc: str = ""
+    ) -> None:
         """Make the spans of a request (:meth:`Trace.end` calls this)."""
         otel = self._otel
         offset = time.time_ns() - time.perf_counter_ns()
         attributes: dict[str, Any] = {
             "trilobe.model": model,
             "trilobe.version": version,
-            "http.response.status_code": status,
+            **(_called_by_grpc(grpc) if grpc else {"http.response.status_code": status}),
         }
         if given := request_id(trace.headers):
             attributes["trilobe.request_id"] = given
@@ -133,6 +138,14 @@ def open_traces(endpoint: str = "", share: float | None = None, service: str = "
     where = {"endpoint": f"{endpoint.rstrip('/')}/v1/traces"} if endpoint else {}
     provider.add_span_processor(export.BatchSpanProcessor(exporter.OTLPSpanExporter(**where)))
     return Traces(provider, _share() if share is None else share)
+
+
+def _called_by_grpc(status: str) -> dict[str, Any]:
+    """What OpenTelemetry's conventions say of a call over gRPC that ended with this status."""
+    from grpc import StatusCode
+
+    number = StatusCode[status].value[0]
+    return {"rpc.system": "grpc", "rpc.service": "inference.GRPCInferenceService", "rpc.grpc.status_code": number}
 
 
 def _share() -> float:

@@ -56,8 +56,8 @@ class ImageClassification:
         return [Part(data)]
 
     def captured(self, sent: NDArray[Any]) -> Pixels:
-        """The pixels, as they came."""
-        return sent
+        """The pixels, as they came; where a file came (to a pipeline that decodes it), those in it."""
+        return images.decode(sent.tobytes()) if sent.ndim == 1 else sent
 
     def decode(self, data: bytes, config: Config) -> Pixels:
         """Pixels of an image file; see :func:`.data.decode`."""

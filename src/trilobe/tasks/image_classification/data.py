@@ -1,21 +1,23 @@
 """Images as they come from people, and as arrays: the same functions serve training and serving.
 
 Bytes -> :func:`decode` -> pixels ``(height, width, channels)`` uint8 -> :func:`encode` -> input ``(n, channels, height,
-width)`` float32 from 0 to 1. No torch here: an endpoint imports this file.
+width)`` float32 from 0 to 1. No torch here: an endpoint imports this file; and Pillow only where it is used.
 """
 
 import hashlib
 import io
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trilobe.errors import UnreadableExample, UsageError
 from trilobe.types import FloatArray
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Pixels = NDArray[np.uint8]
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .tif .tiff .webp .pgm .ppm".split())  # noqa: SIM905
@@ -42,6 +44,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
     >>> decode(encode_png(np.zeros((2, 3, 1), dtype=np.uint8))).shape
     (2, 3, 1)
     """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     if not data:
         raise UnreadableExample("an empty file", expected="an image")
     try:
@@ -72,7 +76,9 @@ def _too_large(problem: str, max_pixels: int) -> UnreadableExample:
     )
 
 
-def _to_pixels(image: Image.Image) -> Pixels:
+def _to_pixels(image: "Image.Image") -> Pixels:
+    from PIL import Image
+
     if image.mode.startswith("I;16") or image.mode == "I":
         wide = np.asarray(image).astype(np.int64)
         return (np.clip(wide, 0, 65535) // 257).astype(np.uint8)[:, :, None]
@@ -93,6 +99,8 @@ def encode_png(pixels: Pixels) -> bytes:
     >>> encode_png(np.zeros((1, 1, 3), dtype=np.uint8))[:4]
     b'\\x89PNG'
     """
+    from PIL import Image
+
     buffer = io.BytesIO()
     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
     return buffer.getvalue()
@@ -169,12 +177,16 @@ def fit_channels(pixels: Pixels, channels: int) -> Pixels:
         return pixels
     if channels == 3:
         return np.repeat(pixels, 3, axis=2)
+    from PIL import Image
+
     return np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
 
 
 def _fit_size(pixels: Pixels, height: int, width: int) -> Pixels:
     if pixels.shape[:2] == (height, width):
         return pixels
+    from PIL import Image
+
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
     return resized[:, :, None] if resized.ndim == 2 else resized

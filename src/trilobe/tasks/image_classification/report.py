@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from trilobe.tasks.image_classification.data import Pixels, encode_png
 from trilobe.types import FloatArray
@@ -29,6 +28,8 @@ def _at_most(pixels: Pixels, side: int) -> Pixels:
     height, width, channels = pixels.shape
     if k := side // max(height, width):
         return pixels.repeat(k, 0).repeat(k, 1)
+    from PIL import Image
+
     image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
     image.thumbnail((side, side))
     small = np.asarray(image)
@@ -55,6 +56,8 @@ def terminal(pixels: Pixels, width: int = 32) -> str:
     >>> terminal(np.array([[[0]], [[255]]], dtype=np.uint8), width=1)
     '\\x1b[38;5;232m\\x1b[48;5;255m▀\\x1b[0m'
     """
+    from PIL import Image
+
     gray = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).convert("L")
     scale = min(2, width / gray.width, 2 * width / gray.height)
     columns, rows = max(1, round(scale * gray.width)), max(2, 2 * round(scale * gray.height / 2))
