@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).parent
@@ -30,7 +31,17 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from trilobe.algorithms.fit import belief_loss  # noqa: E402
-from trilobe.algorithms.parallel import EF_SIGN, EF_VOTE, MAJORITY_VOTE, SIGNUM, Choices  # noqa: E402
+from trilobe.algorithms.parallel import (  # noqa: E402
+    EF_SIGN,
+    EF_TOP_K,
+    EF_VOTE,
+    MAJORITY_VOTE,
+    PRESETS,
+    QSGD,
+    SIGNUM,
+    STOCHASTIC_VOTE,
+    Choices,
+)
 from trilobe.tasks.image_classification.model import network  # noqa: E402
 from trilobe.tasks.pretrained import default_cache  # noqa: E402
 
@@ -39,16 +50,26 @@ WARM, FIRST, LAST = 0.3, 1 / 25, 1 / 250_000  # of one cycle, as torch's OneCycl
 TRAIN, HELD, TEST, EPOCHS, WIDTH = 6_000, 2_000, 10_000, 4, 8
 SETS = {"fashion-mnist": "fashion_mnist", "cifar-10": "cifar10"}
 Run = dict[str, Any]
+# The average over time that EF_VOTE and EF_SIGN send, with nothing compressed.
+QUASI = Choices(compressor="none", memory="momentum", communicator="all_reduce", aggregate="mean", nu=EF_SIGN.nu)
 # Method: what the workers exchange, the momentum of the SGD that applies it, and the lowest of four learning rates.
-METHODS: dict[str, tuple[Choices | None, float, float]] = {
+METHODS: dict[str, tuple[Choices | Literal["power_sgd"] | None, float, float]] = {
     "sgd": (None, 0.9, 1e-2),
+    "sgd_quasi": (QUASI, 0.0, 1e-1),
     "majority_vote": (MAJORITY_VOTE, 0.0, 3e-3),
     "signum": (SIGNUM, 0.0, 3e-3),
-    "ef_vote": (EF_VOTE, 0.9, 1e-2),
-    "ef_sign": (EF_SIGN, 0.9, 1e-2),
+    "ef_vote": (EF_VOTE, 0.0, 1e-1),
+    "ef_sign": (EF_SIGN, 0.0, 1e-1),
+    "power_sgd": ("power_sgd", 0.0, 1e-1),
+    "ef_top_k": (EF_TOP_K, 0.0, 1e-1),
+    "qsgd": (QSGD, 0.9, 1e-2),
+    "stochastic_vote": (STOCHASTIC_VOTE, 0.0, 3e-3),
 }
 TITLES = {"sgd": "SGD, momentum 0.9, float32", "majority_vote": "majority vote", "signum": "Signum, majority vote",
-          "ef_vote": "error feedback, vote", "ef_sign": "error feedback, mean"}  # fmt: skip
+          "sgd_quasi": "SGD, quasi-hyperbolic momentum, float32", "ef_vote": "`ef_vote`: error feedback, vote",
+          "ef_sign": "`ef_sign`: error feedback, mean", "stochastic_vote": "stochastic signs, vote",
+          "qsgd": "QSGD, 4 bits, momentum 0.9", "ef_top_k": "top 1%, error feedback",
+          "power_sgd": "PowerSGD, rank 1 (peer)"}  # fmt: skip
 MARKS = ("<!-- table: run.py writes what stands between -->", "<!-- end of table -->")
 
 
@@ -114,7 +135,12 @@ def train(data: Data, method: str, lr: float, seed: int) -> Run:
     spec = dict(zip(("channels", "height", "width"), data.x.shape[1:], strict=True))
     net, order, begin = network(spec, 10, width=WIDTH, seed=seed), data.order(seed), time.process_time()
     optimizer = torch.optim.SGD(net.parameters(), lr, momentum=momentum)
-    exchange = simulate.Exchange(choices, WORKERS, [p.numel() for p in net.parameters()])
+    shapes = [p.shape for p in net.parameters()]
+    exchange: simulate.Exchange | simulate.PowerSGD = (
+        simulate.PowerSGD(WORKERS, shapes)
+        if choices == "power_sgd"
+        else simulate.Exchange(choices, WORKERS, [shape.numel() for shape in shapes], seed)
+    )
 
     def loss(net: nn.Module, worker: int, step: int) -> Tensor:
         at = order[step, worker]
@@ -131,6 +157,7 @@ def train(data: Data, method: str, lr: float, seed: int) -> Run:
     return {
         "set": data.name,
         "method": method,
+        "exchange": _exchange(method),
         "lr": lr,
         "seed": seed,
         "held_out": round(data.accuracy(net, test=False), 5),
@@ -141,6 +168,11 @@ def train(data: Data, method: str, lr: float, seed: int) -> Run:
     }
 
 
+def _exchange(method: str) -> str:
+    """What the method was, to be kept with its runs."""
+    return str(METHODS.get(method, ("", 0, 0))[:2])
+
+
 class Runs:
     """Runs that are done, by what they are; a new one is trained and kept at once."""
 
@@ -149,8 +181,9 @@ class Runs:
         self.path = default_cache().parent / "benchmarks" / "train-accuracy" / "runs.jsonl"
         if not quick and self.path.exists():
             for line in self.path.read_text("utf-8").splitlines():
-                if line.endswith("}"):
-                    self._note(json.loads(line))
+                run = json.loads(line) if line.endswith("}") else {}
+                if run and run.get("exchange") == _exchange(run["method"]):  # else the method was another one then
+                    self._note(run)
 
     def get(self, name: str, method: str, lr: float, seed: int) -> Run:
         """The run, from the file or trained now."""
@@ -189,15 +222,13 @@ def rates(method: str, quick: bool = False) -> list[float]:
 
 
 def everything(runs: Runs) -> None:
-    """All runs in the order in which they are worth most: the last method comes after the others, on both sets."""
-    *early, late = METHODS
-    for methods, name in ((m, n) for m in (early, [late]) for n in SETS):
-        for method in methods:
-            for lr in rates(method, runs.quick):
-                runs.get(name, method, lr, TUNING)
+    """All runs, one method after another."""
+    for method, name in ((m, n) for m in METHODS for n in SETS):
+        for lr in rates(method, runs.quick):
+            runs.get(name, method, lr, TUNING)
+        best = max(runs.tuned(name, method), key=lambda r: r["held_out"])["lr"]
         for seed in SEEDS[:1] if runs.quick else SEEDS:
-            for method in methods:
-                runs.get(name, method, max(runs.tuned(name, method), key=lambda r: r["held_out"])["lr"], seed)
+            runs.get(name, method, best, seed)
 
 
 def interval(values: list[float], digits: int = 2) -> dict[str, float]:
@@ -261,10 +292,10 @@ def fill(readme: Path, words: str) -> None:
         readme.write_text(f"{before}{MARKS[0]}\n\n{words}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}", "utf-8")
 
 
-CHECKED = {"majority_vote": MAJORITY_VOTE, "signum": SIGNUM, "vote, all-gather": Choices(communicator="all_gather"),
-           "ef_vote, all-gather": Choices(memory="error_feedback", scaled=True, communicator="all_gather"),
-           "ef_sign, all-gather": Choices(memory="error_feedback", scaled=True, communicator="all_gather",
-                                          aggregate="mean")}  # fmt: skip
+# Not the random ones: their noise falls on coordinates in DDP's order.
+CHECKED = {"majority_vote": MAJORITY_VOTE, "signum": SIGNUM, "sgd_quasi": QUASI}
+CHECKED |= {f"{name}, all-gather": replace(PRESETS[name], communicator="all_gather") for name in
+            ("majority_vote", "ef_vote", "ef_sign", "ef_top_k")}  # fmt: skip
 
 
 def _little(seed: int = 0) -> nn.Sequential:
@@ -280,15 +311,19 @@ def _little_loss(net: nn.Module, worker: int, step: int) -> Tensor:
 def check_worker(rank: int, folder: str) -> None:
     """One of three real processes: ten steps with the real hook for each of CHECKED; rank 0 keeps the weights."""
     import torch.distributed as dist
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
     from torch.nn.parallel import DistributedDataParallel
 
     from trilobe.algorithms.parallel import State, compressed_hook
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3)
     kept = {}
-    for name, choices in CHECKED.items():
+    for name, choices in [*CHECKED.items(), ("power_sgd", None)]:
         model = DistributedDataParallel(_little())
-        model.register_comm_hook(State(choices).attach(model), compressed_hook)
+        if choices is None:
+            model.register_comm_hook(PowerSGDState(None, 1, start_powerSGD_iter=2), powerSGD_hook)
+        else:
+            model.register_comm_hook(State(choices).attach(model), compressed_hook)
         optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
         for step in range(10):
             optimizer.zero_grad()
@@ -310,10 +345,15 @@ def check() -> dict[str, float]:
             raise SystemExit("a worker of the check failed")
         kept = torch.load(Path(folder) / "weights.pt", weights_only=True)
     out = {}
-    for name, choices in CHECKED.items():
+    for name, choices in [*CHECKED.items(), ("power_sgd", None)]:
         net = _little()
         optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
-        exchange = simulate.Exchange(choices, 3, [p.numel() for p in net.parameters()])
+        shapes = [p.shape for p in net.parameters()]
+        exchange = (
+            simulate.PowerSGD(3, shapes)
+            if choices is None
+            else simulate.Exchange(choices, 3, [shape.numel() for shape in shapes])
+        )
         for _ in simulate.steps(net, _little_loss, optimizer, exchange, 3, 10):
             pass
         out[name] = float((nn.utils.parameters_to_vector(net.parameters()).detach() - kept[name]).abs().max())

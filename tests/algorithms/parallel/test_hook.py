@@ -7,9 +7,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -128,9 +131,64 @@ def feedback(rank: int, groups: dict[int, Group]) -> dict[str, Any]:
                 exchange(state, x, [b, a])
                 came_out += torch.cat([x[301:], x[:301]])
         saved = state.state_dict()
-        left = {kind: torch.cat([saved[kind]["a"], saved[kind]["b"]]) for kind in ("worker", "owner")}
+        left = {k: torch.cat([saved[k].get(p, torch.zeros(0)) for p in "ab"]) for k in ("average", "worker", "owner")}
         seen[name] = {"in": went_in, "out": came_out, **left}
     return seen
+
+
+TRANSCRIBED = {
+    "ef_vote": parallel.EF_VOTE,
+    "ef_sign": parallel.EF_SIGN,
+    "plain momentum": replace(parallel.EF_SIGN, nu=1.0),
+    "errors alone": replace(parallel.EF_SIGN, memory="error_feedback", nu=1.0),
+    "momentum alone": Choices(memory="momentum", nu=0.9, scaled=True),
+}
+LENGTHS = (150, 40, 210)  # of three parameters, cut across chunks
+
+
+def transcribed(rank: int, groups: dict[int, Group]) -> dict[str, Any]:
+    """What came out of eight steps among three workers."""
+    seen: dict[str, Any] = {}
+    parameters = [torch.empty(n) for n in LENGTHS]
+    for name, choices in TRANSCRIBED.items():
+        if rank < 3:
+            state, seen[name] = State(choices, groups[3]), []
+            for step in range(8):
+                seen[name].append(gradient(rank, sum(LENGTHS), step))
+                exchange(state, seen[name][-1], parameters)
+    return seen
+
+
+def by_the_paper(choices: Choices) -> list[Any]:
+    """The same in numpy: Zheng, Huang and Kwok 2019, algorithm 2, its momentum by Ma and Yarats 2019, equations 3 and
+    4; a block is a parameter's part in a chunk, and the server of a chunk is the worker of its number."""
+    n, workers = sum(LENGTHS), 3
+    chunk = -(-n // (64 * workers)) * 64
+    cuts = sorted({0, *accumulate(LENGTHS), *range(chunk, n, chunk)})
+    blocks = [slice(a, b) for a, b in pairwise(cuts)]
+
+    def compress(p: Any) -> tuple[Any, Any]:
+        size = np.concatenate([np.full(b.stop - b.start, np.abs(p[b]).mean()) for b in blocks])
+        return np.where(p < 0, -1.0, 1.0), size
+
+    m, errors, error, out = np.zeros((workers, n)), np.zeros((workers, n)), np.zeros(n), []
+    beta = choices.beta if "momentum" in choices.memory else 0.0
+    for step in range(8):
+        g = np.stack([gradient(rank, n, step).double().numpy() for rank in range(workers)])
+        m = beta * m + (1 - beta) * g
+        p = errors + choices.nu * m + (1 - choices.nu) * g
+        sent = [compress(row) for row in p]
+        if "error_feedback" in choices.memory:
+            errors = p - np.stack([signs * size for signs, size in sent])
+        if choices.aggregate == "vote":
+            signs, sizes = (np.stack(part) for part in zip(*sent, strict=True))
+            out.append(np.sign(signs.sum(axis=0)) * np.median(sizes, axis=0))
+        else:
+            mean = error + np.mean([signs * size for signs, size in sent], axis=0)
+            signs, size = compress(mean)
+            error = mean - signs * size
+            out.append(signs * size)
+    return out
 
 
 def network(seed: int = 0) -> torch.nn.Sequential:
@@ -282,7 +340,7 @@ def oddities(rank: int, groups: dict[int, Group]) -> dict[str, Any]:
     return seen
 
 
-SCENARIOS = {f.__name__: f for f in (votes, scales, overlaps, zeros, feedback, lies, resumed, oddities)}
+SCENARIOS = {f.__name__: f for f in (votes, scales, overlaps, zeros, feedback, transcribed, lies, resumed, oddities)}
 
 
 def worker(rank: int, folder: str) -> None:
@@ -376,15 +434,27 @@ def test_a_worker_without_gradient_abstains(seen: Any) -> None:
 
 @pytest.mark.parametrize("name", ["ef_sign", "ef_top_k"])
 def test_error_feedback_loses_nothing_even_when_buckets_are_rearranged(seen: Any, name: str) -> None:
-    """Sum of what came out = mean of what went in - what is still remembered: exact, but for rounding."""
+    """Sum of what came out = mean of what went in - what is still remembered: exact, but for rounding. Of an average
+    ``m`` that is ``nu * beta / (1 - beta) * m``, by summing its equation over steps."""
     runs = [one[name] for one in seen["feedback"]]
     went_in = torch.stack([r["in"] for r in runs]).mean(dim=0)
+    if parallel.PRESETS[name].has_momentum:
+        went_in = went_in - 0.7 * 0.9 / 0.1 * torch.stack([r["average"] for r in runs]).mean(dim=0)
     remembered = torch.stack([r["worker"] for r in runs]).mean(dim=0) + torch.stack([r["owner"] for r in runs]).sum(
         dim=0
     )
     assert remembered.abs().max() > 0.1
     for r in runs:
         assert torch.allclose(r["out"], went_in - remembered, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TRANSCRIBED)
+def test_what_is_remembered_is_what_the_paper_says(seen: Any, name: str) -> None:
+    wanted = by_the_paper(TRANSCRIBED[name])
+    assert len({tuple(np.sign(step)) for step in wanted}) == len(wanted)
+    for one in seen["transcribed"][:3]:
+        for got, step in zip(one[name], wanted, strict=True):
+            assert np.abs(got.numpy() - step).max() < 1e-6
 
 
 @pytest.mark.parametrize("lie", ["flip", "random", "scaled"])
@@ -480,6 +550,9 @@ def test_sparse_gradients_are_refused(seen: Any) -> None:
         {"beta": 2.0},
         {"levels": 0},
         {"ties": "draw"},
+        {"nu": 0.7},
+        {"nu": 1.1, "memory": "momentum"},
+        {"memory": "momentum+error_feedback"},
         {"scale_per": "layer"},
         {"compressor": "quantize", "aggregate": "mean", "ties": "zero"},
     ],
@@ -505,6 +578,17 @@ def test_a_state_saved_before_a_choice_existed_is_read_as_its_default() -> None:
     saved = State(parallel.EF_SIGN).attach(network()).state_dict()
     del saved["choices"]["scale_per"], saved["choices"]["ties"]
     State(parallel.EF_SIGN).attach(network()).load_state_dict(saved)
+
+
+def test_a_state_saved_when_a_worker_had_one_memory_is_read() -> None:
+    net, average = network(), {"0.weight": torch.arange(600.0)}
+    saved = State(parallel.SIGNUM).attach(net).state_dict() | {"worker": average}
+    del saved["average"], saved["choices"]["nu"]
+    here = State(parallel.SIGNUM).attach(net)
+    here.load_state_dict(saved)
+    now = here.state_dict()
+    assert now["average"]["0.weight"].tolist() == average["0.weight"].tolist()
+    assert now["worker"] == {}
 
 
 def test_only_votes_go_by_that_name() -> None:

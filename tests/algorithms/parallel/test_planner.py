@@ -25,6 +25,19 @@ def test_a_slow_link_compresses_and_a_fast_one_does_not() -> None:
     assert "do not compress" in str(fast)
 
 
+def test_what_travels_beside_backward_counts_once() -> None:
+    link, compute_s = Link(0.0, 4 * N / 0.2), 0.3  # plain all-reduce takes 0.2 s, as long as backward
+    for buckets, step_s in ((1, 0.5), (2, 0.4), (100, 0.302)):
+        steps = {p.name: p for p in plan(N, link, 2, compute_s, buckets=buckets).predictions}
+        assert steps["plain"].step_s == pytest.approx(step_s)
+        vote = steps["majority_vote"]
+        assert vote.step_s == pytest.approx(compute_s + vote.codec_s + vote.link_s / buckets)
+    assert plan(N, link, 2, compute_s).best.choices != PLAIN
+    slow = Link(0.001, 4 * N / 0.2)  # two messages, and every bucket waits for its own
+    one, ten = (plan(N, slow, 2, candidates={"plain": PLAIN}, buckets=b).best for b in (1, 10))
+    assert (one.link_s, ten.link_s) == (pytest.approx(0.202), pytest.approx(0.22))
+
+
 def test_one_worker_sends_nothing() -> None:
     assert plan(N, Link.of(1), workers=1).reason == "do not compress: one worker sends nothing"
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ VOTES, ABSTAINS = 0, -1  # flags; k > 0: the bucket's k-th parameter has a gradi
 FORMAT = "trilobe.parallel.v1"
 
 CompressorName = Literal["none", "sign", "stochastic_sign", "quantize", "top_k"]
-MemoryName = Literal["none", "error_feedback", "momentum"]
+MemoryName = Literal["none", "error_feedback", "momentum", "momentum+error_feedback"]
 CommunicatorName = Literal["all_reduce", "all_gather", "two_phase"]
 
 
@@ -54,6 +54,13 @@ class Choices:
         ``error_feedback``: what compression lost is added to the next gradient (Seide et al. 2014; Karimireddy et al.
         2019, algorithm 1, with the learning rate left to the optimizer). ``momentum``: an exponential average of
         gradients (``beta``) is sent in their place (Signum: Bernstein et al. 2018, algorithm 2).
+        ``momentum+error_feedback``: errors are added to the average (Zheng, Huang and Kwok 2019, arXiv 1905.10936,
+        algorithm 2 times ``1 - beta``; errors stay as they are when the learning rate changes). The optimizer is then
+        SGD without momentum, with ``1 / (1 - beta)`` times the learning rate of SGD with momentum.
+    nu
+        Of momentum: the share of the average in what is sent; the rest is the gradient (quasi-hyperbolic momentum: Ma
+        and Yarats 2019, arXiv 1810.06801, equations 3 and 4). 1 is plain momentum, ``beta`` is Nesterov's. Less makes
+        up for the age of errors.
     communicator
         ``two_phase``: every worker collects one chunk from all, puts it together and sends the outcome to all: what
         a worker receives does not grow with their number (two workers send each other everything at once: the same
@@ -80,21 +87,22 @@ class Choices:
     scaled: bool = False
     scale_per: Literal["parameter", "message"] = "parameter"
     beta: float = 0.9
+    nu: float = 1.0
     levels: int = 7
     ratio: float = 0.01
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("compressor", tuple(COMPRESSORS)),
-            ("memory", ("none", "error_feedback", "momentum")),
-            ("communicator", ("all_reduce", "all_gather", "two_phase")),
+            ("compressor", get_args(CompressorName)),
+            ("memory", get_args(MemoryName)),
+            ("communicator", get_args(CommunicatorName)),
             ("aggregate", ("vote", "mean")),
             ("ties", ("counter", "zero")),
             ("scale_per", ("parameter", "message")),
         ):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} {getattr(self, name)!r}", expected=f"one of {', '.join(known)}")
-        for name, low, high in (("beta", 0, 0.9999), ("levels", 1, 127), ("ratio", 0, 1)):
+        for name, low, high in (("beta", 0, 0.9999), ("nu", 0, 1), ("levels", 1, 127), ("ratio", 0, 1)):
             if not low <= getattr(self, name) <= high:
                 raise UsageError(f"{name} {getattr(self, name)}", expected=f"{low} to {high}")
         signs = self.compressor in SIGNS
@@ -102,22 +110,34 @@ class Choices:
             raise UsageError(f"a vote on {self.compressor!r}", expected="signs", hint='aggregate="mean"')
         if self.ties == "zero" and self.aggregate != "vote":
             raise UsageError("ties without a vote", expected='aggregate="vote"')
-        if self.memory == "error_feedback" and signs and not self.scaled:
+        if self.nu != 1 and not self.has_momentum:
+            raise UsageError(f"nu with memory {self.memory!r}", expected="momentum", hint='memory="momentum"')
+        if self.has_errors and signs and not self.scaled:
             raise UsageError(
                 "error feedback on signs without a scale", expected="what is sent to be near it", hint="scaled=True"
             )
-        if self.memory == "error_feedback" and self.compressor == "none":
+        if self.has_errors and self.compressor == "none":
             raise UsageError("error feedback without compression", expected="a compressor that loses something")
         if self.communicator == "all_reduce" and self.compressor != "none":
             raise UsageError(
                 f"an all-reduce of {self.compressor!r}", expected="numbers that add up", hint='communicator="two_phase"'
             )
 
+    @property
+    def has_momentum(self) -> bool:
+        """Whether workers average their gradients over time, so that the optimizer need not."""
+        return "momentum" in self.memory.split("+")
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether what compression lost is sent later."""
+        return "error_feedback" in self.memory.split("+")
+
 
 MAJORITY_VOTE = Choices()
 SIGNUM = Choices(memory="momentum")
-EF_VOTE = Choices(memory="error_feedback", scaled=True)
-EF_SIGN = Choices(memory="error_feedback", scaled=True, aggregate="mean")
+EF_VOTE = Choices(memory="momentum+error_feedback", nu=0.7, scaled=True)
+EF_SIGN = Choices(memory="momentum+error_feedback", nu=0.7, scaled=True, aggregate="mean")
 STOCHASTIC_VOTE = Choices(compressor="stochastic_sign")
 QSGD = Choices(compressor="quantize", aggregate="mean")
 EF_TOP_K = Choices(compressor="top_k", memory="error_feedback", aggregate="mean")
@@ -176,7 +196,8 @@ class State:
         self.step = 0
         self.parameters: dict[str, Tensor] = {}
         self.names: dict[int, str] = {}
-        self.worker, self.owner = Memory(), Memory()  # of what was sent, and of what was averaged and sent out
+        self.average = Memory()  # of gradients over time
+        self.worker, self.owner = Memory(), Memory()  # errors of what was sent, and of what was averaged and sent out
         self._generator: torch.Generator | None = None
         self._lane: Lane | None = None
 
@@ -222,6 +243,7 @@ class State:
             "choices": asdict(self.choices),
             "step": self.step,
             "generator": generator,
+            "average": self.average.named(self.names),
             "worker": self.worker.named(self.names),
             "owner": self.owner.named(self.names),
         }
@@ -232,6 +254,9 @@ class State:
         if saved.get("format") != FORMAT or _CHOSEN | saved["choices"] != asdict(self.choices):
             came = saved.get("choices") if saved.get("format") == FORMAT else f"format {saved.get('format')!r}"
             raise UsageError(f"a saved state with {came}", expected=f"{FORMAT} with {asdict(self.choices)}")
+        if "average" not in saved and self.choices.has_momentum:  # written when a worker had one memory for either
+            saved = {**saved, "average": saved["worker"], "worker": {}}
+        self.average.load(saved.get("average", {}), self.parameters)
         self.worker.load(saved["worker"], self.parameters)
         self.owner.load(saved["owner"], self.parameters)
         self.step = saved["step"]
@@ -376,19 +401,22 @@ class _Call:
         for i, row in enumerate(rows):
             own = kept[i * self.chunk : (i + 1) * self.chunk]
             self.encode(own, row, i)
-            if self.state.choices.memory == "error_feedback":
+            if self.state.choices.has_errors:
                 self._subtract(row, own, i)
         return rows
 
     def _remember(self) -> Tensor:
-        """The vector to compress: the gradient, the gradient plus old errors, or its running average."""
-        c = self.state.choices
-        if c.memory == "none":
-            return self.flat
-        kept, new = self.state.worker.of(self.parameters)
+        """The vector to compress: the gradient or its running average, plus old errors."""
+        c, x = self.state.choices, self.flat
+        if c.has_momentum:
+            average = self.state.average.of(self.parameters)[0].lerp_(x, 1 - c.beta)
+            x = average if c.nu == 1 else torch.lerp(x, average, c.nu)
+        if not c.has_errors:
+            return x
+        errors, new = self.state.worker.of(self.parameters)
         if new and c.communicator == "two_phase" and c.aggregate == "mean":
-            self._move_strays(kept)
-        return kept.add_(self.flat) if c.memory == "error_feedback" else kept.lerp_(self.flat, 1 - c.beta)
+            self._move_strays(errors)
+        return errors.add_(x)
 
     def _move_strays(self, kept: Tensor) -> None:
         """Errors of averaging that this worker remembers for coordinates that are no longer its own, after buckets
@@ -504,7 +532,7 @@ def _average_chunk(call: _Call, rows: Tensor, outcome: Tensor) -> None:
     i = call.rank
     mean = torch.empty_like(call.chunks[i])
     call.average(rows, mean, i)
-    if call.state.choices.memory != "error_feedback":
+    if not call.state.choices.has_errors:
         call.encode(mean, outcome, i)
         return
     averaged, _ = call.state.owner.of(call.parameters)
