@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location -c constraints.txt
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: help demo test lint test-system bench docs clean
+.PHONY: help demo test coverage lint test-system bench docs clean
 
 help:            ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ demo: $(VENV)/demo   ## the whole loop on real handwritten digits: installs, the
 	@$(BIN)/trilobe demo
 
 test: $(VENV)/dev lint   ## all tests, after the linters
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
+
+coverage: $(VENV)/dev   ## which lines the tests do not run (a quarter slower)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(PYTEST)
 
 lint: $(VENV)/dev   ## style, types

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from trilobe.algorithms.fit import Plan, belief_loss, check_finite, cross_fit, fit, predict_logits
+from trilobe.algorithms.fit.plan import optimizer_of, schedule_of
 from trilobe.errors import TrainingError, UsageError
 from trilobe.tasks.image_classification.model import network, vary
 
@@ -489,3 +490,14 @@ def test_cross_fit_needs_two() -> None:
 def test_out_of_fold_logits_of_sequences() -> None:
     X = np.random.default_rng(0).normal(size=(6, 4, 3)).astype(np.float32)
     assert cross_fit(lambda: nn.Linear(3, 2), X, np.ones((6, 4, 2)), Plan(steps=2), folds=2).shape == (6, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("hook", "momentum"), [("plain", 0.9), ("majority_vote", 0.9), ("signum", 0.0), ("ef_sign", 0.0)]
+)
+def test_what_a_hook_averages_the_optimizer_does_not_average_again(hook: str, momentum: float) -> None:
+    plan = Plan(optimizer="sgd", hook=hook)
+    optimizer = optimizer_of(plan, torch.nn.Linear(2, 2))
+    assert optimizer.defaults["momentum"] == momentum
+    schedule_of(plan, optimizer, 10)
+    assert bool(optimizer.param_groups[0]["momentum"]) == bool(momentum)

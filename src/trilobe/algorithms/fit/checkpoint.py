@@ -21,6 +21,7 @@ from trilobe.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 Key = Mapping[str, str]
+MEMORIES = ("average", "worker", "owner")  # of a hook's state
 
 
 def key_of(module: nn.Module, data: Iterable[Batches], plan: Plan, augment: Augment | None, workers: int) -> Key:
@@ -140,7 +141,7 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _memory(hook: State) -> dict[str, Tensor]:
     """What one worker's hook remembers, as tensors alone."""
     saved = hook.state_dict()
-    out = {f"{part}.{k}": v for part in ("worker", "owner") for k, v in saved[part].items()}
+    out = {f"{part}.{k}": v for part in MEMORIES for k, v in saved[part].items()}
     out["step"] = torch.tensor(saved["step"])
     return out | ({} if saved["generator"] is None else {"generator": saved["generator"]})
 
@@ -148,4 +149,4 @@ def _memory(hook: State) -> dict[str, Tensor]:
 def _remember(hook: State, tensors: Mapping[str, Tensor]) -> None:
     whole = hook.state_dict()  # its format and choices
     whole |= {"step": int(tensors["step"]), "generator": tensors.get("generator")}
-    hook.load_state_dict(whole | {part: _below(tensors, part) for part in ("worker", "owner")})
+    hook.load_state_dict(whole | {part: _below(tensors, part) for part in MEMORIES})

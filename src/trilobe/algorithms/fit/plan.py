@@ -28,8 +28,8 @@ class Plan:
         weight_decay: decoupled; for ``sgd`` that of ``torch.optim.SGD``.
         bootstrap: see :func:`~trilobe.algorithms.fit.belief_loss`.
         seed: of the order, of augmentation and of what the network draws.
-        optimizer: ``adamw`` (Loshchilov and Hutter 2019), ``sgd`` (with momentum 0.9), or one of
-            :mod:`trilobe.algorithms.optim`.
+        optimizer: ``adamw`` (Loshchilov and Hutter 2019), ``sgd`` (with momentum 0.9, unless ``hook`` has its own),
+            or one of :mod:`trilobe.algorithms.optim`.
         schedule: ``one_cycle`` (Smith and Topin 2018) rises to ``lr`` and falls to nothing; ``constant`` stays.
         patience: epochs without progress after which training stops; 0 never stops early.
         held_out: share of the examples kept back to judge progress by; the weights that were best on them are kept.
@@ -104,7 +104,8 @@ def optimizer_of(plan: Plan, module: nn.Module) -> torch.optim.Optimizer:
     if plan.optimizer == "adamw":
         return torch.optim.AdamW(module.parameters(), **own)
     if plan.optimizer == "sgd":
-        return torch.optim.SGD(module.parameters(), momentum=0.9, **own)
+        momentum = 0.0 if PRESETS[plan.hook].has_momentum else 0.9  # those average before they compress
+        return torch.optim.SGD(module.parameters(), momentum=momentum, **own)
     signs: Callable[..., torch.optim.Optimizer] = {"lion": Lion, "signum": Signum, "signsgd": SignSGD}[plan.optimizer]
     return signs(module.parameters(), check_finite=False, **own)  # looked at before, with names
 
@@ -118,5 +119,5 @@ def schedule_of(plan: Plan, optimizer: torch.optim.Optimizer, total: int) -> tor
     """
     if plan.schedule == "constant":
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    cycles = bool({"momentum", "betas"} & optimizer.defaults.keys())
+    cycles = "betas" in optimizer.defaults or bool(optimizer.defaults.get("momentum"))
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, float(plan.lr), total_steps=total, cycle_momentum=cycles)

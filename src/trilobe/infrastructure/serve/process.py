@@ -289,6 +289,8 @@ async def _follow(
             desired = read_desired(job.folder)
             if desired.deployment != state.deployment:
                 await server.apply(desired.models)
+                gc.unfreeze()
+                gc.collect()  # what was loaded before and is used no more
                 gc.freeze()  # what is loaded stays: looking through it again and again costs a tenth of all time
                 gc.set_threshold(10_000)  # a turn of 64 requests makes some 700 objects, all gone when it is over
                 state = replace(_described(server, state), deployment=desired.deployment, since=time.time())
