@@ -1,6 +1,5 @@
 """``serve``: a bundle answers under a name, beside others if need be, and is replaced without a failed request."""
 
-import contextlib
 import os
 import sys
 from collections.abc import Mapping
@@ -185,11 +184,9 @@ def _deploy(folder: Path, bundles: Mapping[str, Bundle], repository: Path | None
         loaded = repository is not None and Path(wish.bundle).is_relative_to(repository.resolve())
         return name in bundles or loaded
 
-    with contextlib.suppress(NotFoundError):  # nothing was wished for yet
-        endpoints.read_desired(folder)
-        endpoints.wish_for(folder, lambda models: {name: w for name, w in models.items() if kept(name, w)})
     for name, bundle in bundles.items():
         endpoints.deploy(folder, bundle.path, name)
+    endpoints.wish_for(folder, lambda models: {name: wish for name, wish in models.items() if kept(name, wish)})
 
 
 def _bundle(p: Project, bundle: str, base: Path = Path()) -> Bundle:

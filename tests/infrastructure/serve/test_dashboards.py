@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from support import light
 from trilobe.errors import ServeError
 from trilobe.infrastructure import endpoint
 from trilobe.infrastructure.bundle import REQUIRED_FILES, write_bundle
@@ -29,22 +30,12 @@ from trilobe.infrastructure.client import Client
 
 DASHBOARDS = Path(str(files("trilobe.infrastructure.serve") / "dashboards"))
 PROMETHEUS = shutil.which("prometheus")
-SCRIPT = """
-import sys
-from pathlib import Path
-import numpy as np
-from trilobe.infrastructure.deferral import chooser
-from trilobe.infrastructure.pipeline import Pipeline, Servable, TensorSpec
+SCRIPT = (
+    light.SCRIPT
+    + """
 from trilobe.infrastructure.serve import Node, Settings, function, graph, serve_forever
 
 folder = Path(sys.argv[1])
-
-def load(bundle):
-    def light(data):  # how light a picture is, as the probability of "light"
-        p = data["image"].mean(axis=(1, 2), dtype=np.float32) / 255
-        return {"proba": np.stack([1 - p, p], axis=1)}
-    image, proba = TensorSpec("image", "UINT8", (-1, -1, -1)), TensorSpec("proba", "FP32", (-1, 2))
-    return Servable(Pipeline([("light", light)]), (image,), (proba,), {"image": np.zeros((1, 2, 2), np.uint8)})
 
 @function({"image": "UINT8[-1,-1,-1]"}, {"image": "UINT8[-1,-1,-1]"})
 def dim(image):
@@ -55,6 +46,7 @@ night = graph("night", {"image": "UINT8[-1,-1,-1]"}, {"proba": "light.proba"},
 serve_forever(folder, "light", load, captures=folder / "captures",
               settings=Settings(workers=2, flows=(night,), defer=chooser(0.05), max_waiting=3))
 """
+)
 TABLE = {
     "format": "deferral.v1", "on": "held-out test part", "n": 100, "certainty": 0.95, "shares": [],
     "errors": [{"at_most": 0.05, "threshold": 0.75, "answered": 0.7, "error": 0.01, "error_high": 0.04}],

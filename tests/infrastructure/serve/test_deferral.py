@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from support import light
 from trilobe.errors import ServeError
 from trilobe.infrastructure import endpoint
 from trilobe.infrastructure.bundle import REQUIRED_FILES, write_bundle
@@ -22,27 +23,18 @@ from trilobe.infrastructure.client import Client
 from trilobe.infrastructure.desk import Desk
 from trilobe.infrastructure.serve.access import create_token
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import numpy as np
-from trilobe.infrastructure.deferral import chooser
-from trilobe.infrastructure.pipeline import Pipeline, Servable, TensorSpec
+SCRIPT = (
+    light.SCRIPT
+    + """
 from trilobe.infrastructure.serve import Settings, serve_forever
 
 folder, error, workers, grpc = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-
-def load(bundle):
-    def light(data):  # how light a picture is, as the probability of "light"
-        p = data["image"].mean(axis=(1, 2), dtype=np.float32) / 255
-        return {"proba": np.stack([1 - p, p], axis=1)}
-    image, proba = TensorSpec("image", "UINT8", (-1, -1, -1)), TensorSpec("proba", "FP32", (-1, 2))
-    return Servable(Pipeline([("light", light)]), (image,), (proba,), {"image": np.zeros((1, 2, 2), np.uint8)})
 
 settings = Settings(workers=workers, defer=chooser(error), grpc_port=grpc or None)
 serve_forever(folder, "light", load, captures=folder / "captures", settings=settings)
 assert "torch" not in sys.modules and "scipy" not in sys.modules
 """
+)
 THRESHOLD = 0.75
 TABLE = {
     "format": "deferral.v1",

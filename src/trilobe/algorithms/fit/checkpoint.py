@@ -21,7 +21,6 @@ from trilobe.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 Key = Mapping[str, str]
-MEMORIES = ("average", "worker", "owner")  # of a hook's state
 
 
 def key_of(module: nn.Module, data: Iterable[Batches], plan: Plan, augment: Augment | None, workers: int) -> Key:
@@ -139,14 +138,15 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _memory(hook: State) -> dict[str, Tensor]:
-    """What one worker's hook remembers, as tensors alone."""
+    """What one worker's hook remembers, as tensors alone: whichever memories it has."""
     saved = hook.state_dict()
-    out = {f"{part}.{k}": v for part in MEMORIES for k, v in saved[part].items()}
+    parts = {part: named for part, named in saved.items() if isinstance(named, dict)}
+    out = {f"{part}.{k}": v for part, named in parts.items() for k, v in named.items() if isinstance(v, Tensor)}
     out["step"] = torch.tensor(saved["step"])
     return out | ({} if saved["generator"] is None else {"generator": saved["generator"]})
 
 
 def _remember(hook: State, tensors: Mapping[str, Tensor]) -> None:
-    whole = hook.state_dict()  # its format and choices
-    whole |= {"step": int(tensors["step"]), "generator": tensors.get("generator")}
-    hook.load_state_dict(whole | {part: _below(tensors, part) for part in MEMORIES})
+    fresh = hook.state_dict()  # its format and choices, and memories that are empty yet
+    whole = {part: (isinstance(now, dict) and _below(tensors, part)) or now for part, now in fresh.items()}
+    hook.load_state_dict(whole | {"step": int(tensors["step"]), "generator": tensors.get("generator")})
