@@ -11,7 +11,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -53,7 +53,9 @@ class Trace:
 class Traces:
     """Where spans go: a tracer provider of the SDK, and the share of requests without a parent that is recorded."""
 
-    def __init__(self, provider: Any, share: float, seed: int | None = None) -> None:
+    def __init__(
+        self, provider: Any, share: float, seed: int | None = None, give_up: Callable[[], None] | None = None
+    ) -> None:
         if not 0.0 <= share <= 1.0:
             raise UsageError(f"a share of {share} of the requests in traces", expected="a number from 0 to 1")
         self._otel, self._context, propagation = _imported("trace", "context", "trace.propagation.tracecontext")
@@ -61,6 +63,7 @@ class Traces:
         self.provider, self.share = provider, share
         self._tracer = provider.get_tracer("trilobe", __version__)
         self._draw = random.Random(seed).random
+        self._give_up = give_up
 
     def begin(self, headers: Mapping[str, str]) -> Trace | None:
         """A request has arrived: its trace, or None where it is not sampled. ``headers`` by lower-case name."""
@@ -98,10 +101,16 @@ class Traces:
         request.end(ended + offset)
 
     def close(self, patience: float = 3.0) -> None:
-        """Send what is left, for that many seconds at most: a collector that is gone must not keep a server alive."""
+        """Send what is left, for that many seconds at most: a collector that is gone must not keep a server alive.
+
+        What is not sent by then is dropped, and no thread is left that tries again.
+        """
         sending = threading.Thread(target=self.provider.shutdown, daemon=True)
         sending.start()
         sending.join(patience)
+        if sending.is_alive() and self._give_up is not None:
+            self._give_up()
+            sending.join(patience)
 
 
 def open_traces(endpoint: str = "", share: float | None = None, service: str = "trilobe") -> Traces | None:
@@ -123,7 +132,7 @@ def open_traces(endpoint: str = "", share: float | None = None, service: str = "
     asked = endpoint or next((os.environ[name] for name in VARIABLES if os.environ.get(name)), "")
     if not asked or os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return None
-    exporter, resources, sdk, export, sampling = _imported(
+    exporters, resources, sdk, export, sampling = _imported(
         "exporter.otlp.proto.http.trace_exporter",
         "sdk.resources",
         "sdk.trace",
@@ -136,8 +145,9 @@ def open_traces(endpoint: str = "", share: float | None = None, service: str = "
     provider = sdk.TracerProvider(sampler=sampling.ALWAYS_ON, resource=resource, shutdown_on_exit=False)
     # A setting names the collector; the variables mean what the SDK says they mean, which reads them itself.
     where = {"endpoint": f"{endpoint.rstrip('/')}/v1/traces"} if endpoint else {}
-    provider.add_span_processor(export.BatchSpanProcessor(exporter.OTLPSpanExporter(**where)))
-    return Traces(provider, _share() if share is None else share)
+    exporter = exporters.OTLPSpanExporter(**where)
+    provider.add_span_processor(export.BatchSpanProcessor(exporter))
+    return Traces(provider, _share() if share is None else share, give_up=exporter.shutdown)
 
 
 def _called_by_grpc(status: str) -> dict[str, Any]:
