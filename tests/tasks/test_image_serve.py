@@ -198,6 +198,9 @@ def test_a_picture_is_posted_as_it_is(served: tuple, path: str) -> None:  # type
     for (status, said), row in zip(one, want, strict=True):
         assert status == 200, said
         np.testing.assert_allclose(said["outputs"][0]["data"], row, atol=1e-6)
+        best = said["outputs"][0]["data"][row.argmax()]
+        assert said["parameters"] == {"label": NAMES[row.argmax()], "confidence": best}
+    assert "parameters" not in many[1], "who writes a request asks for classes in it"
     assert raw[0] == 400 and "not an image: it begins with 'no image'" in raw[1]["error"]
     assert statistics["steps"]["read"]["count"] == 5 and statistics["steps"]["calibrate"]["count"] >= 5
     assert configuration["parameters"]["files"] == {"string_value": "image"}

@@ -51,10 +51,10 @@ def test_what_is_where(bundle: Bundle, tmp_path: Path, unpack: Callable[[Path], 
     bill = json.loads(image.files[f"opt/holoscan/docs/{NAME}.cdx.json"])
     assert bill["metadata"]["component"]["version"] == bundle.id
     settings = parse(image.files["var/holoscan/trilobe.toml"].decode())
-    assert settings.project.task == "image_classification" and settings.serve.port == 8000
+    assert settings.project.task == "image_classification" and settings.serve.port == 8080
     assert settings.serve.tokens == "/etc/trilobe/tokens.json" and not settings.serve.open
     assert not any(name.endswith("tokens.json") for name in image.files), "it comes with the container, not the image"
-    for folder in ("", "/input", "/output", "/logs", "/.trilobe"):
+    for folder in ("", "/input", "/output", "/logs", "/.trilobe", "/sagemaker/.trilobe"):
         assert image.members[f"var/holoscan{folder}"].uid == 65532
 
 
@@ -73,7 +73,7 @@ def test_what_it_starts_with_and_says_of_itself(bundle: Bundle, tmp_path: Path, 
     assert said["org.opencontainers.image.version"] == manifest.version == f"0.0.0+{bundle.id}"
     assert "without a Python interpreter" in said["org.opencontainers.image.description"]
     assert b"without a Python interpreter" in image.files["opt/holoscan/docs/README.md"]
-    assert config["Labels"] == said
+    assert config["Labels"] == {**said, "com.amazonaws.sagemaker.capabilities.accept-bind-to-port": "true"}
     (described,) = image.index["manifests"]
     assert described["annotations"] == {"org.opencontainers.image.ref.name": bundle.id}
 
@@ -300,7 +300,7 @@ def test_an_application_that_is_in_no_file(tmp_path: Path) -> None:
 
 def test_grpc_is_spoken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "serving", lambda: [Package("trilobe", "1", ()), Package("grpcio", "1", ())])
-    settings = tomllib.loads(images._settings("a", "image_classification"))["serve"]
+    settings = tomllib.loads(images._settings("a", "image_classification", images.ports()))["serve"]
     assert (settings["grpc"], settings["grpc_port"]) == (True, 8001)
     monkeypatch.setattr(images, "serving", lambda: [Package("trilobe", "1", ())])
-    assert "grpc" not in tomllib.loads(images._settings("a", "image_classification"))["serve"]
+    assert "grpc" not in tomllib.loads(images._settings("a", "image_classification", images.ports()))["serve"]

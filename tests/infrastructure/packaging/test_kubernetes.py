@@ -80,7 +80,7 @@ def test_what_an_operator_looks_for(bundle: Bundle) -> None:
     (container,) = pod["containers"]
     assert container["livenessProbe"]["httpGet"] == {"path": "/v2/health/live", "port": "http"}
     assert container["readinessProbe"]["httpGet"] == {"path": "/v2/health/ready", "port": "http"}
-    assert {p["name"]: p["containerPort"] for p in container["ports"]}["http"] == 8000
+    assert {p["name"]: p["containerPort"] for p in container["ports"]}["http"] == 8080
     assert pod["securityContext"]["runAsNonRoot"] and container["securityContext"]["readOnlyRootFilesystem"]
     assert container["resources"]["requests"] == {"cpu": "0.5", "memory": "1Gi"}
     assert container["resources"]["limits"] == {"memory": "1Gi", "cpu": "2", "nvidia.com/gpu": "1"}
@@ -135,8 +135,9 @@ def test_another_reader_reads_what_was_written(documents: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["no", "1e3", "0o7", "2001-01-01", "a: b", "- a", "#", "~", "\x7f", "\x85", "🦑", "\\ud83d"]
+    "text", ["no", "1e3", "0o7", "2001-01-01", "a: b", "- a", "#", "~", "\x7f", "\x85", "🦑", "\\ud83d", "é" * 200]
 )
 def test_text_stays_text(text: str) -> None:
     yaml = pytest.importorskip("yaml")
-    assert yaml.safe_load(to_yaml([{text: text}])) == {text: text}
+    for value in (text, [text], {text: text}):
+        assert yaml.safe_load(to_yaml([{text: value}])) == {text: value}

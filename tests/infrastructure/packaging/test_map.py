@@ -174,6 +174,10 @@ def test_it_runs_the_command(root: Path, call: Any) -> None:
     assert moved == [[sys.executable, "-m", "app", "/data/in"]], "a host may give other folders"
     serve = [sys.executable, "-m", "trilobe", "serve", f"{root}/opt/holoscan/models/net"]
     assert call("serve", "--port", "0")[1] == [[*serve, "--project", f"{root}/var/holoscan", "--port", "0"]]
+    hosted = [*serve, "--project", f"{root}/var/holoscan/sagemaker"]
+    assert call("serve", SAGEMAKER_BIND_TO_PORT="8081")[1] == [[*hosted, "--port", "8081"]]
+    assert call("serve", SAGEMAKER_SAFE_PORT_RANGE="23000-23999")[1] == [hosted], "on 8080, as its settings say"
+    assert call("serve", SAGEMAKER_BIND_TO_PORT="")[1] == [[*serve, "--project", f"{root}/var/holoscan"]]
 
 
 def test_a_program_that_is_not_there(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

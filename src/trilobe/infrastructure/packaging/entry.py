@@ -7,11 +7,14 @@ This file is the container's entry point (``python3 -m trilobe.infrastructure.pa
 words                           what happens
 ==============================  =====================================================================
 (none)                          the ``command`` of ``app.json`` takes this process over
-``serve ...``                   the packaged model is served on all interfaces, port 8000, to who has a token
+``serve ...``                   the packaged model is served on all interfaces, port 8080, to who has a token
 ``show [app] [pkg]``            the manifests go to stdout
 ``extract``                     files are copied to what is mounted at ``/var/run/holoscan/export``
 anything else                   appended to ``command``
 ==============================  =====================================================================
+
+``serve`` is also how Amazon SageMaker starts a container that hosts a model, and port 8080 where it asks; or else the
+port of ``SAGEMAKER_BIND_TO_PORT``, as the containers of one endpoint share their ports.
 """
 
 import json
@@ -27,6 +30,7 @@ from trilobe.errors import DataError, NotFoundError, StorageError, TrilobeError,
 
 EXPORT = "var/run/holoscan/export"
 _FOLDERS = {"HOLOSCAN_INPUT_PATH": "input", "HOLOSCAN_OUTPUT_PATH": "output"}
+SAGEMAKER = ("SAGEMAKER_BIND_TO_PORT", "SAGEMAKER_SAFE_PORT_RANGE")  # by either a container knows that it is there
 
 
 def arguments(command: str | Sequence[str]) -> list[str]:
@@ -101,12 +105,23 @@ def extract(sources: Mapping[str, Sequence[Path]], export: Path) -> list[Path]:
     return [export / name for name in wanted]
 
 
-def serving(pkg: Mapping[str, Any], models: Path, work: Path) -> list[str]:
-    """The command that serves the packaged model, with the settings and the state in the folder ``work``."""
+def serving(pkg: Mapping[str, Any], models: Path, work: Path, environ: Mapping[str, str]) -> list[str]:
+    """The command that serves the packaged model, with the settings and the state in the folder ``work``.
+
+    On SageMaker they are in its folder ``sagemaker``: HTTP alone is spoken, on the one port that the host names. Of the
+    others that a container may take there (``SAGEMAKER_SAFE_PORT_RANGE``) none is needed, and no client reaches them.
+
+    >>> pkg, environ = {"models": [{"path": "net"}]}, {"SAGEMAKER_BIND_TO_PORT": "8081"}
+    >>> serving(pkg, Path("models"), Path("work"), environ)[3:]
+    ['serve', 'models/net', '--project', 'work/sagemaker', '--port', '8081']
+    """
     listed = pkg.get("models") or []
     if len(listed) != 1:
         raise UsageError(f"serve, in a package of {len(listed)} models", expected="exactly one")
-    return [sys.executable, "-m", "trilobe", "serve", str(models / listed[0]["path"]), "--project", str(work)]
+    project = work / "sagemaker" if any(environ.get(name) for name in SAGEMAKER) else work
+    port = environ.get(SAGEMAKER[0])
+    words = [sys.executable, "-m", "trilobe", "serve", str(models / listed[0]["path"]), "--project", str(project)]
+    return words + (["--port", port] if port else [])
 
 
 def main(
@@ -134,7 +149,7 @@ def main(
             sys.stdout.writelines(f"{folder}\n" for folder in extract(sources, root / EXPORT))
             return 0
         if verb == "serve":
-            command = serving(_parsed(pkg), models, work) + rest
+            command = serving(_parsed(pkg), models, work, environ) + rest
         else:
             command = command_line(_parsed(app), environ) + list(words)
         _run(command, run)

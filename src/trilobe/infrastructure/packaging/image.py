@@ -11,7 +11,8 @@ path                                       holds
 ``/opt/holoscan/models/NAME``              the bundle; beside it ``NAME.sig``, if it was signed
 ``/opt/holoscan/docs``                     how to run it, the license, the bill of materials
 ``/etc/holoscan``                          ``app.json``, ``pkg.json``
-``/var/holoscan``                          working directory, and the settings of ``serve``
+``/var/holoscan``                          working directory, and the settings of ``serve``; in ``sagemaker`` those
+                                           that hold on Amazon SageMaker
 =========================================  ==========================================================
 """
 
@@ -39,6 +40,7 @@ from trilobe.types import Bundle
 
 USER = 65532  # nobody in particular, as in distroless images
 PACKAGES = "/opt/holoscan/packages/"
+LISTENS = {"com.amazonaws.sagemaker.capabilities.accept-bind-to-port": "true"}  # see entry.serving
 TOKENS = "/etc/trilobe/tokens.json"  # who may call the endpoint: not in the image, but mounted there
 ENTRY = ["python3", "-m", "trilobe.infrastructure.packaging.entry"]
 _PYTHON = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "ORT_DISABLE_TELEMETRY": "1"}
@@ -64,7 +66,7 @@ def write_bundle(
     """Write a bundle to ``path`` as an OCI image: a folder, or one file where the name ends in ``.tar``.
 
     Run without words, it is ``trilobe infer`` of the bundle from ``/var/holoscan/input`` to ``/var/holoscan/output``;
-    with the word ``serve`` an endpoint on port 8000.
+    with the word ``serve`` an endpoint on port 8080, which Amazon SageMaker may host.
 
     Args:
         bundle: an opened bundle.
@@ -155,7 +157,7 @@ def _write(contents: Contents, path: Path, tag: str, base: Path | None, packages
         "Entrypoint": ENTRY,
         "Env": {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{PACKAGES}", **_PYTHON},
         "ExposedPorts": {f"{port}/tcp": {} for port in ports().values()},
-        "Labels": said,
+        "Labels": said | LISTENS,
     }
     return oci.write_image(
         path, list(_layers(contents, runs, packages)), config, said,
@@ -185,8 +187,10 @@ def _layers(contents: Contents, runs: str, packages: bool) -> Iterator[Layer]:
     for name, bundle in contents.models.items():
         written[f"{DOCS[1:]}{name}.cdx.json"] = sbom_json(bundle)
         if len(contents.models) == 1:
-            written[f"{WORK[1:]}trilobe.toml"] = _settings(name, str(bundle.manifest.get("task", ""))).encode()
-    parts = ("", "input", "output", "logs", ".trilobe")
+            task = str(bundle.manifest.get("task", ""))
+            written[f"{WORK[1:]}trilobe.toml"] = _settings(name, task, ports()).encode()
+            written[f"{WORK[1:]}sagemaker/trilobe.toml"] = _settings(name, task, {"http": ports()["http"]}).encode()
+    parts = ("", "input", "output", "logs", ".trilobe", "sagemaker", "sagemaker/.trilobe")
     folders = [Entry(f"{WORK[1:]}{part}".rstrip("/"), None, owner=USER) for part in parts]
     yield Layer("manifests and documents", [*folders, *(Entry(k, partial(bytes, v)) for k, v in written.items())])
 
@@ -196,23 +200,24 @@ def _layer(words: str, root: str, files: Mapping[str, Callable[[], bytes]]) -> L
 
 
 def ports() -> dict[str, int]:
-    """Where the image's endpoint is spoken to: HTTP, and gRPC if that is installed here.
+    """Where the image's endpoint is spoken to: HTTP, where SageMaker and KServe look for it, and gRPC if that is
+    installed here.
 
     >>> ports()["http"]
-    8000
+    8080
     """
     grpc = any(p.name == "grpcio" for p in serving())
-    return {"http": 8000, **({"grpc": 8001} if grpc else {})}
+    return {"http": 8080, **({"grpc": 8001} if grpc else {})}
 
 
-def _settings(name: str, task: str) -> str:
-    """``trilobe.toml`` of the working directory, for ``serve``.
+def _settings(name: str, task: str, spoken: Mapping[str, int]) -> str:
+    """``trilobe.toml`` of the working directory, for ``serve``; ``spoken`` says what is spoken on which port.
 
     A container is reached from outside or not at all, so it does not start without tokens unless it is told to.
     """
     lines = ["[project]", f'name = "{name}"', f'task = "{task}"', "", "[serve]", 'host = "0.0.0.0"']
     lines += [f'tokens = "{TOKENS}"']
-    for kind, port in ports().items():
+    for kind, port in spoken.items():
         lines += [f"port = {port}"] if kind == "http" else [f"{kind} = true", f"{kind}_port = {port}"]
     return "\n".join(lines) + "\n"
 
@@ -229,13 +234,14 @@ A MONAI Application Package made by Trilobe {__version__}: {runs}.
 Run it over a folder; serve its model, if it has one; print its manifests; get its files:
 
     docker run -v ./in:/var/holoscan/input -v ./out:/var/holoscan/output IMAGE
-    docker run -p 127.0.0.1:8000:8000 -v ./tokens.json:{TOKENS}:ro IMAGE serve
+    docker run -p 127.0.0.1:8080:8080 -v ./tokens.json:{TOKENS}:ro IMAGE serve
     docker run IMAGE show
     docker run -v ./files:/var/run/holoscan/export IMAGE extract
 
 The endpoint answers who shows a token of tokens.json, which `trilobe token CLIENT --file tokens.json` writes and user
 {USER} must be able to read (it holds digests only). TRILOBE_TOKENS names another place for it; with TRILOBE_OPEN=1 the
-endpoint needs none and answers everybody.
+endpoint needs none and answers everybody, as on Amazon SageMaker, which asks callers itself and hosts this image as it
+is.
 
 What runs is `{contents.command}`. It needs Python 3.11 or newer and
 the packages of {ROOT}requirements.txt. Containers run as user {USER}, who must be able to write to ./out.

@@ -1,6 +1,6 @@
 """Manifests for clusters, made from a bundle: Deployment and Service, an autoscaler, a KServe InferenceService.
 
-They describe the image that ``image.py`` writes: an endpoint on port 8000 (HTTP) and 8001 (gRPC) with the probes of the
+They describe the image that ``image.py`` writes: an endpoint on port 8080 (HTTP) and 8001 (gRPC) with the probes of the
 Open Inference Protocol, as a user without rights on a read-only file system, with its tokens from the Secret
 ``NAME-tokens``. The text is a small part of YAML, with scalars written so that YAML 1.1 and 1.2 read the same.
 """
@@ -113,10 +113,15 @@ def to_yaml(documents: Sequence[Any]) -> str:
 
 def _lines(value: Any) -> list[str]:
     if isinstance(value, Mapping) and value:
-        return [line for k, v in value.items() for line in _under(f"{_key(k)}:", v)]
+        return [line for k, v in value.items() for line in _entry(_key(k), v)]
     if isinstance(value, list | tuple) and value:
         return [line for v in value for line in _item(v)]
     return [_scalar(value)]
+
+
+def _entry(key: str, value: Any) -> list[str]:
+    """An entry of a mapping; a key of more than 1024 characters stands apart (YAML 1.2, production 154)."""
+    return _under(f"{key}:", value) if len(key) <= 1024 else [f"? {key}", *_under(":", value)]
 
 
 def _under(head: str, value: Any) -> list[str]:

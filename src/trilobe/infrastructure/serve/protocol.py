@@ -62,7 +62,8 @@ class Call(msgspec.Struct, frozen=True, eq=False):
     """A parsed request.
 
     ``parameters`` are the client's own (and ``sequence_*``), ``priority`` is 1 for the most urgent and 0 where the
-    client leaves it open, ``timeout`` is in seconds, ``rows`` the size of the first axis of the inputs.
+    client leaves it open, ``timeout`` is in seconds, ``rows`` the size of the first axis of the inputs. ``plain``: one
+    file as the body, whose sender could not say what is wanted.
     """
 
     id: str | None
@@ -72,6 +73,7 @@ class Call(msgspec.Struct, frozen=True, eq=False):
     priority: int = 0
     timeout: float | None = None
     rows: int = 1
+    plain: bool = False
 
 
 # --- what is on the wire --------------------------------------------------------------------------------------------
@@ -274,7 +276,8 @@ class Reader:
         Raises :class:`~trilobe.errors.DataError` for whatever does not fit.
         """
         if self.files is not None and headers.get("content-type", "").lower().startswith(PICTURES):
-            return self.files.call(None, {self._first: _one(body)}, self._all[False])
+            call = self.files.call(None, {self._first: _one(body)}, self._all[False])
+            return msgspec.structs.replace(call, plain=True)
         length = headers.get(HEADER_LENGTH)
         at = len(body)
         if length is not None:
@@ -445,7 +448,8 @@ def _read_parameters(parameters: Mapping[str, Any]) -> tuple[Mapping[str, Any], 
 class Writer:
     """Turns results into answers in the name of model ``name`` in ``version``; made once for each.
 
-    ``labels`` gives outputs names of their classes, for those who ask for the best classes only.
+    ``labels`` gives outputs names of their classes: for those who ask for the best classes only, and for those who
+    sent a file and could not ask.
 
     >>> writer = Writer([TensorSpec("y", "FP32", (-1, 2))], "m", "v1", {"y": ["cat", "dog"]})
     >>> call, y = Call("7", {}, (Wanted("y", False),)), np.array([[0.5, 0.25]], np.float32)
@@ -454,6 +458,9 @@ class Writer:
     >>> best = Call(None, {}, (Wanted("y", False, 1),))
     >>> msgspec.json.decode(writer.encode(best, {"y": y})[1])["outputs"]
     [{'name': 'y', 'shape': [1, 1], 'datatype': 'BYTES', 'data': ['0.500000:0:cat']}]
+    >>> file = Call(None, {}, (Wanted("y", False),), plain=True)
+    >>> msgspec.json.decode(writer.encode(file, {"y": y})[1])["parameters"]
+    {'label': 'cat', 'confidence': 0.5}
     """
 
     def __init__(
@@ -473,10 +480,20 @@ class Writer:
             return classify(array, wanted.classification, self.labels.get(wanted.name, ())), "BYTES", _OBJECT
         return array, *self._types[wanted.name]
 
+    def decided(self, results: Arrays) -> dict[str, Any]:
+        """The best class of the one item and its figure, in the words of ``trilobe infer``; nothing without names."""
+        for name, labels in self.labels.items():
+            row = results[name][0]
+            best = int(row.argmax())
+            return {"label": labels[best], "confidence": row[best].item()}
+        return {}
+
     def encode(
         self, call: Call, results: Arrays, parameters: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, str], bytes]:
         """Headers and body of the answer to ``call``: its id, the outputs it wanted, ``parameters`` where there are."""
+        if call.plain:
+            parameters = {**self.decided(results), **(parameters or {})}
         described: list[_Described] = []
         blobs: list[bytes] = []
         for wanted in call.outputs:
