@@ -493,7 +493,7 @@ def test_out_of_fold_logits_of_sequences() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hook", "momentum"), [("plain", 0.9), ("majority_vote", 0.9), ("signum", 0.0), ("ef_sign", 0.0)]
+    ("hook", "momentum"), [("plain", 0.9), ("majority_vote", 0.9), ("signum", 0.0), ("ef_sign", 0.0), ("qsgd", 0.0)]
 )
 def test_what_a_hook_averages_the_optimizer_does_not_average_again(hook: str, momentum: float) -> None:
     plan = Plan(optimizer="sgd", hook=hook)

@@ -1,5 +1,6 @@
 """Several workers take the step that one would take, survive a kill, leave nothing behind, and say what went wrong."""
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -112,7 +113,8 @@ def job(case: Case) -> Job:
 
 
 def hooked(hook: str) -> Case:
-    lr = 0.3 if hook in ("ef_sign", "ef_vote") else 0.03  # with the optimizer's momentum steps are ten times as long
+    full = PRESETS[hook].scaled or PRESETS[hook].aggregate == "mean"  # of the size of a gradient, which is averaged
+    lr = 0.3 if full else 0.03
     plan = Plan(steps=40, epochs=0, batch_size=16, lr=lr, seed=1, hook=hook, optimizer="sgd", weight_decay=0.0)
     return seeded(lambda: nn.Linear(8, 3)), *vectors(60), plan, None
 
@@ -213,8 +215,9 @@ def test_workers_listen_on_the_loopback_alone_and_care_for_no_port(tmp_path: Pat
 
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(("127.0.0.1", 29500))  # the port that torch takes by default
-        taken.listen()
+        with contextlib.suppress(OSError):  # somebody else has it: so be it
+            taken.bind(("127.0.0.1", 29500))  # the port that torch takes by default
+            taken.listen()
         with pytest.raises(InterruptedError):
             fit(module, X, likelihood, QUICK, vary, file, look, every=0.0, workers=2)
     assert listening <= {"0100007F"}, "127.0.0.1 as /proc writes it"
@@ -369,11 +372,13 @@ def test_folds_side_by_side_are_the_folds_of_one_worker_to_the_bit(tmp_path: Pat
     fit(whole, X, likelihood, QUICK, vary)
     assert distance(module.state_dict(), whole.state_dict()) == 0 and not module.training
     assert steps[-1] == (48, 48) and [s for s, _ in steps] == sorted(s for s, _ in steps)
-    begun = time.monotonic()
-    again = fit_and_cross_fit(image_net, X, likelihood, QUICK, 3, vary, checkpoints=tmp_path / "c")
+    more: list[int] = []
+    again = fit_and_cross_fit(
+        image_net, X, likelihood, QUICK, 3, vary, lambda s, t, loss: more.append(s), tmp_path / "c"
+    )
     np.testing.assert_array_equal(again[1], logits)
     assert distance(again[0].state_dict(), whole.state_dict()) == 0
-    assert time.monotonic() - begun < 5, "what is done of each network was found"
+    assert more == [], "what is done of each network was found"
 
 
 def test_folds_exchange_nothing() -> None:

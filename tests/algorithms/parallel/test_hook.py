@@ -115,7 +115,7 @@ def feedback(rank: int, groups: dict[int, Group]) -> dict[str, Any]:
     """Twelve steps with error feedback; after six the bucket is rearranged. What came out, what was left."""
     seen = {}
     for name in ("ef_sign", "ef_top_k"):
-        state = State(parallel.PRESETS[name])
+        state = State(replace(parallel.PRESETS[name], communicator="two_phase"))  # both memories
         a, b = torch.nn.Parameter(torch.empty(200)), torch.nn.Parameter(torch.empty(301))
         state.parameters = {"a": a, "b": b}
         state.names = {id(a): "a", id(b): "b"}
@@ -236,17 +236,17 @@ def resumed(rank: int, groups: dict[int, Group]) -> dict[str, Any]:
     """Ten steps at once, and five, saved, loaded into new objects, five more; one bucket, so DDP keeps its layout."""
     seen = {}
     for name in ("ef_sign", "signum", "stochastic_vote", "qsgd", "ef_top_k"):
-        ends = []
+        ends, choices = [], replace(parallel.PRESETS[name], communicator="two_phase")
         for pause in (False, True):
             net = torch.nn.Sequential(torch.nn.Linear(10, 7, bias=False))
             torch.nn.init.constant_(net[0].weight, 0.1)
-            state = State(parallel.PRESETS[name]).attach(net)
+            state = State(choices).attach(net)
             model = wrapped(net, None)
             model.register_comm_hook(state, compressed_hook)
             train(model, rank, range(5), lr=0.01)
             if pause:
                 net2, saved = copy.deepcopy(net), state.state_dict()
-                state2 = State(parallel.PRESETS[name]).attach(net2)
+                state2 = State(choices).attach(net2)
                 state2.load_state_dict(saved)
                 net, model = net2, wrapped(net2, None)
                 model.register_comm_hook(state2, compressed_hook)
