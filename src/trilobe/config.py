@@ -118,12 +118,25 @@ class CheckSection(Section, frozen=True):
     gates: dict[str, float] = field(default_factory=lambda: {"parity": 1e-4})
 
 
+class BatchingSection(Section, frozen=True):
+    """``[serve.batching.MODEL]`` and ``batching`` of a step: how it is computed; 0 and "": as ``[serve]`` says."""
+
+    where: Literal["", "auto", "inline", "threads", "processes"] = ""  # processes: of a step that is a function, only
+    replicas: Natural = 0  # batches computed at once, and processes; 0: as many as cores
+    max_batch: Natural = 0  # rows that are computed together
+    max_pending: Natural = 0  # requests that may wait
+    delay: Annotated[float, Meta(ge=0.0, le=10.0)] = 0.0  # seconds a request may be held for others to join it
+    limit: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.0  # seconds one batch may take
+    max_memory: Natural = 0  # MB that a process may hold after a batch, before another takes its place; 0: any
+
+
 class StepSection(Section, frozen=True):
     """``[serve.pipelines.NAME.steps.STEP]``: what runs (a model served here, or a function), and what it reads."""
 
     model: str = ""
     run: str = ""  # "package.module:function", declared with trilobe.infrastructure.serve.function
     inputs: dict[str, str] = field(default_factory=dict)  # its input = an input of the pipeline, or "step.output"
+    batching: BatchingSection = BatchingSection()  # of a function; of a model: [serve.batching.MODEL]
 
 
 class PipelineSection(Section, frozen=True):
@@ -164,6 +177,7 @@ class ServeSection(Section, frozen=True):
     log: Literal["text", "json"] = "text"  # lines for people, or one JSON object each
     log_share: Share = 0.0  # share of the requests that get a line in the log
     repository: str = ""  # a folder of bundles that clients with the right to may load by name
+    batching: dict[str, BatchingSection] = field(default_factory=dict)  # of single models, by their names
     models: dict[str, str] = field(default_factory=dict)  # more models beside the endpoint's own: name = bundle
     pipelines: dict[str, PipelineSection] = field(default_factory=dict)  # several models behind one name
 

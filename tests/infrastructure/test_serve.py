@@ -484,7 +484,7 @@ def test_swap_under_load(tmp_path: Path) -> None:
         np.testing.assert_allclose(proba, expected(IMAGES, seed_of[version]), rtol=1e-5)
     captures = read_captures(folder / "captures", endpoint="colors")
     assert {c.bundle_id for c in captures} == set(seed_of)
-    assert 0.05 < len(captures) / (3 * len(answers)) < 0.15
+    assert abs(len(captures) / (3 * len(answers)) - 0.1) < 5 * 0.3 / len(answers) ** 0.5
     for capture in captures:
         np.testing.assert_allclose(
             capture.proba, expected(capture.input[None], seed_of[capture.bundle_id])[0], rtol=1e-5
@@ -542,16 +542,15 @@ def test_killed_then_captures_are_readable_and_it_starts_again(tmp_path: Path) -
 
 def test_stopping_finishes_what_is_under_way_and_the_loop_stays_live(tmp_path: Path) -> None:
     folder = tmp_path / "endpoint"
-    ready = start(folder, make_bundle(tmp_path / "slow", 1, delay=0.5), rate=1.0)
+    ready = start(folder, make_bundle(tmp_path / "slow", 1, delay=2.0), rate=1.0)
     answers: list[Answer] = []
     thread = threading.Thread(
         target=lambda: answers.append(call(ready.url, "POST", INFER, {"inputs": [image_tensor()]}))
     )
     thread.start()
-    time.sleep(0.1)
-    begin = time.perf_counter()
+    time.sleep(0.5)
     assert call(ready.url, "GET", "/v2/health/live")[0] == 200
-    assert time.perf_counter() - begin < 0.3, "health is answered while the model works"
+    assert answers == [], "health is answered while the model works"
     assert endpoint.stop(folder).state == "stopped"
     thread.join()
     assert answers[0][0] == 200

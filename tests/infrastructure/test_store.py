@@ -604,7 +604,7 @@ def test_a_writer_that_waited_too_long_is_told(place: Place, monkeypatch: pytest
         asked = time.monotonic()
         with pytest.raises(StoreBusy, match="another process has been writing"):
             other.record("b", 2)
-        assert 0.9 < time.monotonic() - asked < 5
+        assert 0.9 < time.monotonic() - asked < 20
 
 
 # Trouble with the file, and the wrong place --------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def test_nobody_there_or_somebody_who_hangs(receiver: Callable[..., Receiver]) -
         port = mute.getsockname()[1]
         start = time.monotonic()
         posted = post(f"http://127.0.0.1:{port}/", "a1", b"{}", timeout=0.2, pauses=())
-        assert posted.down and "timed out" in posted.problem and time.monotonic() - start < 5
+        assert posted.down and "timed out" in posted.problem and time.monotonic() - start < 20
     posted = post(f"http://127.0.0.1:{port}/", "a1", b"{}", pauses=())
     assert posted.down and "refused" in posted.problem
 

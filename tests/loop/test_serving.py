@@ -5,11 +5,16 @@ import shutil
 import time
 from http.client import HTTPConnection
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 from trilobe import loop
+from trilobe.config import ServeSection
 from trilobe.infrastructure import endpoint as endpoints
+from trilobe.infrastructure.capture import read_captures
 from trilobe.infrastructure.client import Client
 from trilobe.infrastructure.serve.logs import ACCESS
+from trilobe.loop import project
+from trilobe.loop.serving import LIVE
 
 
 def test_what_the_settings_no_longer_name_is_no_longer_served(trained, monkeypatch) -> None:
@@ -77,3 +82,82 @@ def test_a_line_of_json_for_each_request_with_the_id_that_its_answer_carries(tra
         assert said == given and given[1] == ("a-17", 400) and len(given[0][0]) == 32
     finally:
         loop.serve(project=trained.folder, stop=True)
+
+
+def test_settings_follow_the_file_while_it_runs(trained) -> None:
+    trained.set("check", "gates", "{}")
+    loop.package(trained.folder)
+    trained.set("serve", "capture", "0.0")
+    url = loop.serve(project=trained.folder, background=True).url
+    with loop.opened(trained.folder) as p:
+        folder, captures, settings = p.endpoint_folder("tiny"), p.captures, trained.folder / "trilobe.toml"
+
+    def change(**values: str) -> None:
+        whole = trained.folder / "whole.toml"
+        original = settings.read_text()
+        for key, value in values.items():
+            trained.set("serve", key, value)
+        whole.write_text(settings.read_text())  # what a server reads of a file that is being written may be half of it
+        settings.write_text(original)
+        whole.replace(settings)
+
+    def wait(done) -> None:
+        deadline = time.monotonic() + 15
+        while not done():
+            assert time.monotonic() < deadline, (endpoints.read_state(folder), loop.show(project=trained.folder))
+            time.sleep(0.02)
+
+    def ask(path: str, body: bytes | None = None) -> dict:
+        with urlopen(Request(f"{url}/v2/models/tiny/{path}", body), timeout=20) as answer:
+            return json.load(answer)
+
+    def listed() -> dict:
+        return loop.show(project=trained.folder)["endpoints"][0]
+
+    image = {"name": "image", "shape": [1, 8, 8, 1], "datatype": "UINT8", "data": [0] * 64}
+    request = json.dumps({"inputs": [image]}).encode()
+    try:
+        assert ask("config")["max_batch_size"] == 64 and "settings" not in listed()
+        ask("infer", request)
+        change(max_batch="7", capture="1.0", log_share="1.0", delay="0.001")
+        wait(lambda: ask("config")["max_batch_size"] == 7)
+        assert ask("config")["dynamic_batching"]["max_queue_delay_microseconds"] == 1000
+        ask("infer", request)
+        change(port="1", max_batch="9", threads="3", webhook='"https://localhost/x"')
+        wait(lambda: ask("config")["max_batch_size"] == 9)
+        wait(lambda: listed().get("settings") == "changed since start: serve.port, serve.threads; restart to apply")
+        change(defer_error="0.1", defer_share="0.1")
+        wait(lambda: "the settings of before hold: defer_error = 0.1" in endpoints.read_state(folder).notice)
+        change(defer_error="0.0", max_batch='"none"')
+        wait(lambda: 'serve.max_batch = "none"' in endpoints.read_state(folder).notice)
+        assert ask("config")["max_batch_size"] == 9
+        change(max_batch="8", port="0", threads="0", defer_share="0.0")
+        wait(lambda: ask("config")["max_batch_size"] == 8)
+        wait(lambda: "settings" not in listed())
+    finally:
+        loop.serve(project=trained.folder, stop=True)
+    log = (folder / "server.log").read_text()
+    assert log.count("restart to apply") == 1 and log.count("the settings of before hold") == 2
+    assert log.count("tiny: 200 in") == 1, "a line for each request, once that was asked for"
+    assert len(read_captures(captures)) == 1, "and a capture"
+
+
+def test_what_was_said_on_the_command_line_stays_whatever_the_file_says(trained) -> None:
+    trained.set("check", "gates", "{}")
+    bundle = loop.package(trained.folder)
+    said: list[str] = []
+    endpoint = loop.serve(project=trained.folder, background=True, capture=0.0)
+    try:
+        with loop.opened(trained.folder) as p, project.listening(lambda message, *_: said.append(message)):
+            folder = p.endpoint_folder("tiny")
+            trained.set("serve", "capture", "0.5")
+            loop.serve(bundle.id, project=trained.folder, capture=0.7)
+        time.sleep(0.5)
+        assert endpoints.read_state(folder).notice == "" and endpoint.state == "ready"
+        assert said[-1] == "it keeps the share that it kept; to change that while it runs, set serve.capture"
+    finally:
+        loop.serve(project=trained.folder, stop=True)
+
+
+def test_what_is_live_is_a_setting() -> None:
+    assert set(LIVE) < set(ServeSection.__struct_fields__)

@@ -70,6 +70,7 @@ class State(msgspec.Struct, frozen=True):
     """What is served; ``deployment`` is the wish last acted on and ``error`` why it failed (empty: it did not).
 
     ``bundle_id`` is what stands behind the endpoint's own name, ``models`` all of it; ``grpc`` is where gRPC is spoken.
+    ``notice`` says what of the settings, as they are now, is not in force.
     """
 
     name: str
@@ -83,6 +84,7 @@ class State(msgspec.Struct, frozen=True):
     models: dict[str, Served] = {}
     workers: dict[str, int] = {}
     grpc: str = ""
+    notice: str = ""
 
 
 def read_desired(folder: Path) -> Desired:

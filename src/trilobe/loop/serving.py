@@ -2,11 +2,16 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from trilobe.config import PipelineSection, ServeSection
+import msgspec
+from msgspec.structs import asdict
+
+from trilobe.config import FILE, BatchingSection, PipelineSection, ServeSection, load
 from trilobe.errors import ConfigError, NotFoundError, ServeError, TrilobeError, UsageError
 from trilobe.infrastructure import endpoint as endpoints
 from trilobe.infrastructure.bundle import open_bundle
@@ -15,8 +20,16 @@ from trilobe.infrastructure.endpoint import Wish
 from trilobe.infrastructure.serve import Batching, Flow, Function, Node, Settings, graph, serve_forever
 from trilobe.infrastructure.serve.access import is_loopback
 from trilobe.infrastructure.serve.graph import find
+from trilobe.infrastructure.serve.process import Change
 from trilobe.loop.project import Project, opened, tell
 from trilobe.types import Bundle, Endpoint
+
+# What of [serve] takes effect while a server runs. All else is part of how it was started, or of no concern to it.
+LIVE = (
+    *("capture", "max_batch", "max_pending", "delay", "limit", "max_memory", "log_share", "batching"),
+    *("defer_error", "defer_share", "max_waiting", "webhook", "webhook_secret"),
+)
+_chooser = cache(chooser)  # the same promise is the same object: a server sees whether it has changed
 
 
 def serve(
@@ -65,9 +78,9 @@ def serve(
         if stop:
             return endpoints.stop(folder)
         chosen = _bundle(p, bundle)
-        settings = p.config.serve
-        port = settings.port if port is None else port
-        capture = settings.capture if capture is None else capture
+        fixed = {key: said for key, said in (("port", port), ("capture", capture)) if said is not None}
+        settings = msgspec.structs.replace(p.config.serve, **fixed)
+        port, capture = settings.port, settings.capture
         if not 0 <= capture <= 1:
             raise UsageError(f"capture = {capture}", expected="a share from 0 to 1")
         how_served = _settings(settings, p.folder)
@@ -79,6 +92,8 @@ def serve(
             replaced = endpoints.replace(folder, chosen.path, canary=canary, shadow=shadow)
             if port and not replaced.url.endswith(f":{port}"):
                 tell(f"it stays at {replaced.url}; to move it, trilobe serve --stop first")
+            if "capture" in fixed:
+                tell("it keeps the share that it kept; to change that while it runs, set serve.capture")
             return replaced
         if canary or shadow:
             raise ServeError(f"endpoint {name!r} is not running", hint="trilobe serve --background first")
@@ -87,10 +102,11 @@ def serve(
             if not (is_loopback(settings.host) or how_served.tls):
                 tell(f"serving on {settings.host} without TLS: requests, answers and tokens can be read on the way")
             where = ["--project", str(p.folder.resolve()), "--name", name]
-            how = ["--port", str(port), "--capture", str(capture)]
-            command = [sys.executable, "-m", "trilobe", "serve", str(chosen.path.resolve()), *where, *how]
+            given = [word for key, said in fixed.items() for word in (f"--{key}", str(said))]
+            command = [sys.executable, "-m", "trilobe", "serve", str(chosen.path.resolve()), *where, *given]
             return endpoints.start(folder, name, command)
         task, captures = p.task, p.captures
+        how_served = replace(how_served, look=_look(settings, p.folder, fixed))
     if not how_served.json_log:  # else every line is JSON
         tell(f"serving {name!r}; interrupt with Ctrl-C")
     serve_forever(folder, name, task.servable, captures, settings.host, port, capture, settings.max_body, how_served)
@@ -100,12 +116,44 @@ def serve(
 def _serve_on_ray(p: Project, name: str, wishes: dict[str, Wish], port: int, capture: float, how: Settings) -> Endpoint:
     from trilobe.infrastructure.serve.on_ray import serve_on_ray_forever
 
+    unused = [key for key in ("grpc", "repository", "max_memory") if getattr(p.config.serve, key)]
+    if unused:
+        tell(f"on Ray this does nothing: {', '.join(f'serve.{key}' for key in unused)}")
     tell(f"serving {name!r} on Ray; interrupt with Ctrl-C")
     host = p.config.serve.host
     limit = p.config.serve.max_body
     folder = p.endpoint_folder(name)
     serve_on_ray_forever(name, p.task.servable, wishes, host, port, p.captures, capture, limit, how, folder)
     return Endpoint(name, f"http://{host}:{port}", "", "stopped")
+
+
+def _look(start: ServeSection, base: Path, fixed: Mapping[str, Any]) -> Callable[[], Change | None]:
+    """What tells a server that the settings in the folder ``base`` have changed since its ``start``, all but ``fixed``.
+
+    The first look always tells, so that nothing is missed between the start and it.
+    """
+    seen: Any = None
+
+    def look() -> Change | None:
+        nonlocal seen
+        before, seen = seen, _stamp(base / FILE)
+        if seen == before:
+            return None
+        now = msgspec.structs.replace(load(base).serve, **fixed)
+        live = {key: getattr(now, key) for key in LIVE}
+        section = msgspec.structs.replace(start, **live)
+        behind = [f"serve.{key}" for key in now.__struct_fields__ if getattr(now, key) != getattr(section, key)]
+        return Change(replace(_settings(section, base), look=look), section.capture, tuple(behind))
+
+    return look
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    try:
+        found = file.stat()
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _settings(section: ServeSection, base: Path) -> Settings:
@@ -123,16 +171,38 @@ def _settings(section: ServeSection, base: Path) -> Settings:
         grpc_port=section.grpc_port if section.grpc else None,
         repository=base / section.repository if section.repository else None,
         flows=pipelines(section, base),
-        batching={"": Batching(section.max_batch, section.max_pending, section.delay, limit=section.limit)},
+        batching={"": _batching(section), **{name: _of_model(section, name) for name in section.batching}},
         tls=(base / section.tls_cert, base / section.tls_key, authority) if section.tls_cert else None,
         tokens=base / tokens if tokens else None,
         open=section.open or os.environ.get("TRILOBE_OPEN") == "1",
         max_memory=section.max_memory * 1024 * 1024,
         log_share=section.log_share,
         json_log=section.log == "json",
-        defer=chooser(section.defer_error, section.defer_share),
+        defer=_chooser(section.defer_error, section.defer_share),
         max_waiting=section.max_waiting,
     )
+
+
+def _batching(section: ServeSection, said: BatchingSection | None = None, **usual: Any) -> Batching:
+    """How requests are computed: as ``[serve]`` says and is ``usual`` for them, but for what is ``said`` of them."""
+    default = Batching(section.max_batch, section.max_pending, section.delay, limit=section.limit)
+    given = {key: value for key, value in (asdict(said) if said is not None else {}).items() if value}
+    if "max_memory" in given:
+        given["max_memory"] *= 1024 * 1024
+    return replace(default, **{**usual, **given})
+
+
+def _of_model(section: ServeSection, name: str) -> Batching:
+    if section.batching[name].where == "processes":
+        raise ConfigError(
+            f'[serve.batching.{name}]: where = "processes"',
+            expected="auto, inline or threads: a model's network computes beside Python's lock as it is",
+            hint="processes are for steps of pipelines that are functions",
+        )
+    if name in section.pipelines:
+        hint = "of its steps that are functions it is said beside them: batching = {...}"
+        raise ConfigError(f"[serve.batching.{name}] is about a pipeline", expected="a model", hint=hint)
+    return _batching(section, section.batching[name])
 
 
 def pipelines(section: ServeSection, base: Path) -> tuple[Flow, ...]:
@@ -146,10 +216,10 @@ def pipelines(section: ServeSection, base: Path) -> tuple[Flow, ...]:
     """
     if section.pipelines and str(base.resolve()) not in sys.path:
         sys.path.insert(0, str(base.resolve()))
-    return tuple(_pipeline(name, declared) for name, declared in section.pipelines.items())
+    return tuple(_pipeline(name, declared, section) for name, declared in section.pipelines.items())
 
 
-def _pipeline(name: str, declared: PipelineSection) -> Flow:
+def _pipeline(name: str, declared: PipelineSection, section: ServeSection) -> Flow:
     where = f"[serve.pipelines.{name}]"
     try:
         if declared.flow:
@@ -166,6 +236,10 @@ def _pipeline(name: str, declared: PipelineSection) -> Flow:
             run = find(said.run) if said.run else said.model
             if not isinstance(run, Function | str):
                 raise UsageError(f"step {step!r}: {said.run!r} is no step", expected="declared with @function")
+            if said.batching != BatchingSection():
+                if isinstance(run, str):
+                    raise UsageError(f"step {step!r} says how a model is computed", expected=f"[serve.batching.{run}]")
+                run = replace(run, batching=_batching(section, said.batching, where="threads"))
             nodes[step] = Node(run, said.inputs)
         return graph(name, declared.inputs, declared.outputs, nodes)
     except TrilobeError as error:

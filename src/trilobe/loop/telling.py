@@ -78,9 +78,12 @@ def _overview(p: Project) -> dict[str, Any]:
 
 
 def _why(state: endpoints.State) -> dict[str, str]:
-    """What does not answer behind an endpoint, or why the last bundle was refused; nothing where all is well."""
+    """What does not answer behind an endpoint, or why the last bundle was refused; which settings are not in force.
+
+    Nothing where all is well.
+    """
     why = state.error or "; ".join(f"{name}: {model.error}" for name, model in state.models.items() if model.error)
-    return {"why": why} if why else {}
+    return {key: said for key, said in (("why", why), ("settings", state.notice)) if said}
 
 
 def _next(p: Project, now: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -27,26 +27,33 @@ from trilobe.errors import ServeError
 from trilobe.infrastructure import endpoint
 from trilobe.infrastructure.bundle import REQUIRED_FILES, write_bundle
 from trilobe.infrastructure.client import Client
+from trilobe.infrastructure.serve import bind
+from trilobe.infrastructure.serve.access import create_token
+from trilobe.infrastructure.serve.grpc import SERVICE
 
 DASHBOARDS = Path(str(files("trilobe.infrastructure.serve") / "dashboards"))
 PROMETHEUS = shutil.which("prometheus")
 SCRIPT = (
     light.SCRIPT
     + """
+import time
 from trilobe.infrastructure.serve import Node, Settings, function, graph, serve_forever
 
 folder = Path(sys.argv[1])
 
 @function({"image": "UINT8[-1,-1,-1]"}, {"image": "UINT8[-1,-1,-1]"})
 def dim(image):
+    time.sleep(0.02)
     return {"image": image // 2}
 
 night = graph("night", {"image": "UINT8[-1,-1,-1]"}, {"proba": "light.proba"},
               {"dim": Node(dim, {"image": "image"}), "light": Node("light", {"image": "dim.image"})})
 serve_forever(folder, "light", load, captures=folder / "captures",
-              settings=Settings(workers=2, flows=(night,), defer=chooser(0.05), max_waiting=3))
+              settings=Settings(workers=2, flows=(night,), defer=chooser(0.05), max_waiting=3,
+                                grpc_port=int(sys.argv[2])))
 """
 )
+CLIENTS = (("prometheus", "metrics", 0), ("web", "infer", 0), ("batch", "infer", 1))
 TABLE = {
     "format": "deferral.v1", "on": "held-out test part", "n": 100, "certainty": 0.95, "shares": [],
     "errors": [{"at_most": 0.05, "threshold": 0.75, "answered": 0.7, "error": 0.01, "error_high": 0.04}],
@@ -65,38 +72,80 @@ def wait(done: Callable[[], Any], seconds: float = 60.0) -> None:
         time.sleep(0.1)
 
 
-def keep_busy(url: str, enough: threading.Event) -> None:
+class Busy(NamedTuple):
+    """Where a server is, and the tokens of who may look at it and of who may ask it; the last not twice at once."""
+
+    url: str
+    grpc: str
+    prometheus: str
+    web: str
+    batch: str
+
+
+def keep_busy(server: Busy, enough: threading.Event) -> None:
     """What a day brings: clear answers, one in doubt, a pipeline, and a request that is wrong."""
-    with Client(url, "light") as light, Client(url, "night") as night:
+    with Client(server.url, "light", token=server.web) as light:
         while not enough.is_set():
             for shade in (0, 128, 255):
                 light.call({"image": np.full((1, 2, 3), shade, np.uint8)})
-            night.call({"image": np.full((2, 2, 3), 200, np.uint8)})
             with pytest.raises(ServeError):
                 light.call({"image": np.zeros((1, 2), np.uint8)})
             time.sleep(0.02)
 
 
+def keep_asking(server: Busy, enough: threading.Event) -> None:
+    """One of two who share a token that is good for one request at a time."""
+    with Client(server.url, "night", token=server.batch) as night:
+        while not enough.is_set():
+            try:
+                night.call({"image": np.full((2, 2, 3), 200, np.uint8)})
+            except ServeError as error:
+                assert "429" in str(error)
+            time.sleep(0.02)
+
+
+def keep_greeting(server: Busy, enough: threading.Event) -> None:
+    """Over gRPC, whether it lives."""
+    import grpc
+
+    with grpc.insecure_channel(server.grpc) as channel:
+        while not enough.is_set():
+            channel.unary_unary(f"/{SERVICE}/ServerLive")(b"", timeout=20)
+            time.sleep(0.1)
+
+
 @pytest.fixture(scope="module")
-def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a server of two workers, with a pipeline, a desk and a shadow, that somebody calls all along."""
+def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Busy]:
+    """A server of two workers, with a pipeline, a desk and a shadow, that several clients call all along."""
+    pytest.importorskip("grpc", reason="needs grpcio, the extra 'grpc'")
     folder = tmp_path_factory.mktemp("busy")
     endpoint.deploy(folder, bundle(folder / "live"))
-    url = endpoint.start(folder, "light", [sys.executable, "-W", "error", "-c", SCRIPT, str(folder)]).url
+    with bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    tokens = [create_token(folder, who, [scope], max_pending=n) for who, scope, n in CLIENTS]
+    run = [sys.executable, "-W", "error", "-c", SCRIPT, str(folder), str(port)]
+    server = Busy(endpoint.start(folder, "light", run).url, f"127.0.0.1:{port}", *tokens)
     endpoint.replace(folder, bundle(folder / "shadow"), shadow=True)
     enough = threading.Event()
-    client = threading.Thread(target=keep_busy, args=(url, enough))
-    client.start()
-    late = ("shadow_total", "deferred_total", "deferral_refused_total", "http_responses_total")
-    wait(lambda: all(f"\ntrilobe_{name}{{" in metrics(url) for name in late))
-    yield url
+    work = [keep_busy, keep_asking, keep_asking, keep_greeting]
+    clients = [threading.Thread(target=target, args=(server, enough)) for target in work]
+    for client in clients:
+        client.start()
+    late = (
+        *("shadow_total{", "deferred_total{", "deferral_refused_total{", 'http_responses_total{code="429"}'),
+        *("grpc_responses_total{", "token_pending{"),
+    )
+    wait(lambda: all(f"\ntrilobe_{name}" in metrics(server) for name in late))
+    yield server
     enough.set()
-    client.join()
+    for client in clients:
+        client.join()
     endpoint.stop(folder)
 
 
-def metrics(url: str) -> str:
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+def metrics(server: Busy) -> str:
+    asked = urllib.request.Request(f"{server.url}/metrics", headers={"authorization": f"Bearer {server.prometheus}"})
+    with urllib.request.urlopen(asked, timeout=10) as answer:
         text: str = answer.read().decode()
     return text
 
@@ -119,7 +168,7 @@ def queries() -> list[tuple[str, str, str]]:
     ]
 
 
-def test_every_metric_that_is_asked_for_is_there_with_the_labels_that_are_matched(busy: str) -> None:
+def test_every_metric_that_is_asked_for_is_there_with_the_labels_that_are_matched(busy: Busy) -> None:
     series = re.findall(r"^(\w+)(?:\{(.*)\})? \S+$", metrics(busy), re.MULTILINE)
     there = {name: {*re.findall(r'(\w+)="', labels)} | {"job", "instance"} for name, labels in series}
     text = " ".join([*(query for _, query, _ in queries()), (DASHBOARDS / "alerts.yml").read_text("utf-8")])
@@ -141,11 +190,16 @@ def test_every_panel_says_what_it_shows_in_which_unit() -> None:
 
 
 @pytest.fixture
-def prometheus(busy: str, tmp_path: Path) -> Iterator[str]:
+def prometheus(busy: Busy, tmp_path: Path) -> Iterator[str]:
     """A Prometheus that scrapes the busy server each half second, and holds it against the alert rules."""
     if PROMETHEUS is None:
         pytest.skip("needs prometheus, the Debian package")
-    scrape = {"job_name": "trilobe", "static_configs": [{"targets": [busy.removeprefix("http://")]}]}
+    target = busy.url.removeprefix("http://")
+    scrape = {
+        "job_name": "trilobe",
+        "static_configs": [{"targets": [target]}],
+        "authorization": {"credentials": busy.prometheus},
+    }
     config = {
         "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "1s"},
         "rule_files": [str(DASHBOARDS / "alerts.yml")],

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -380,6 +381,53 @@ def test_a_model_without_probabilities_cannot_defer(tmp_path: Path) -> None:
     run = [sys.executable, "-W", "error", "-c", script, str(tmp_path), "0.05", "1", "0"]
     with pytest.raises(ServeError, match=r"cannot be left to people: the first output is FP32\[-1, 2, 1\]"):
         endpoint.start(tmp_path, "light", run, timeout=60)
+
+
+def test_what_is_promised_may_change_while_it_runs(tmp_path: Path) -> None:
+    script = SCRIPT.replace(
+        "serve_forever(folder",
+        """
+from dataclasses import replace
+from trilobe.infrastructure.serve.process import Change
+choosers, seen = {"0": None, "0.05": chooser(0.05), "0.01": chooser(0.01)}, ""
+def look():
+    global seen
+    said = Path(folder, "error.txt").read_text()
+    if said == seen:
+        return None
+    seen, (error, room) = said, said.split()
+    return Change(replace(settings, defer=choosers[error], max_waiting=int(room)), 0.0)
+settings = replace(settings, defer=None, look=look)
+serve_forever(folder""",
+    )
+    (tmp_path / "error.txt").write_text("0 9")
+    endpoint.deploy(tmp_path, make_bundle(tmp_path / "b1"))
+    run = [sys.executable, "-W", "error", "-c", script, str(tmp_path), "0", "1", "0"]
+    served = endpoint.start(tmp_path, "light", run, timeout=60)
+
+    def becomes(said: str, expected: Any) -> None:
+        (tmp_path / "new").write_text(said)
+        (tmp_path / "new").rename(tmp_path / "error.txt")
+        deadline = time.monotonic() + 15
+        while infer(served.url, 128).get("parameters", {}).get("deferred") is not expected:
+            assert time.monotonic() < deadline, f"{said} never held"
+            time.sleep(0.05)
+
+    try:
+        assert "parameters" not in infer(served.url, 128)
+        becomes("0.05 9", True)
+        becomes("0.05 1", None)  # the desk is full: answered, and nothing is said of it
+        becomes("0.05 9999", True)
+        becomes("0.01 9999", True)  # it cannot promise that, and keeps what it could
+        while not (state := endpoint.read_state(tmp_path)).error:
+            time.sleep(0.05)
+        assert "cannot promise that at most 0.01 of what it answers are wrong" in state.error
+        assert state.state == "ready" and infer(served.url, 128)["parameters"]["deferred"] is True
+        becomes("0 9999", None)
+        while endpoint.read_state(tmp_path).error:  # what it asks for is done before it is said
+            time.sleep(0.05)
+    finally:
+        endpoint.stop(tmp_path)
 
 
 def test_two_promises_at_once_cannot_be_kept() -> None:

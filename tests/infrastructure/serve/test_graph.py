@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace as struct_replace
 from PIL import Image
 
 from support.lines import line, load, run
-from trilobe.config import PipelineSection, ServeSection, StepSection
+from trilobe.config import BatchingSection, PipelineSection, ServeSection, StepSection
 from trilobe.errors import ConfigError, DataError, ServeError, UsageError
 from trilobe.infrastructure.endpoint import Wish
 from trilobe.infrastructure.pipeline import Pipeline, TensorSpec
-from trilobe.infrastructure.serve import Batching, Flow, Node, Server, flow, function, graph
+from trilobe.infrastructure.serve import Batching, Flow, Function, Node, Server, flow, function, graph
 from trilobe.infrastructure.serve.protocol import Refused
 from trilobe.loop.serving import pipelines
 
@@ -400,6 +401,16 @@ def test_declared_in_the_settings(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             pipelines(ServeSection(pipelines={"p": section}), tmp_path)
+
+    own = BatchingSection(where="processes", limit=2.0, max_memory=3)
+    apart = struct_replace(good, steps={"a": struct_replace(step, batching=own)})
+    (made,) = pipelines(ServeSection(pipelines={"good": apart}, max_batch=8), tmp_path)
+    function_ = made.steps["a"]
+    assert isinstance(function_, Function)
+    assert function_.batching == Batching(max_batch=8, limit=2.0, where="processes", max_memory=3 << 20)
+    of_model = StepSection(model="m", inputs={"x": "x"}, batching=own)
+    with pytest.raises(ConfigError, match=r"how a model is computed; expected \[serve.batching.m\]"):
+        pipelines(ServeSection(pipelines={"p": struct_replace(apart, steps={"a": of_model})}), tmp_path)
 
 
 def test_photos_are_decoded_exactly_as_for_training() -> None:

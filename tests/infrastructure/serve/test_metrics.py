@@ -503,6 +503,7 @@ def everything(folder: Path | None = None) -> Meters:
     meters.count("trilobe_deferred_total", model="digits")
     meters.count("trilobe_deferral_refused_total", model="digits")
     meters.count("trilobe_grpc_responses_total", code="OK")
+    meters.count("trilobe_step_replaced_total", model="digits", step="decode", reason="hung")
     meters.count("trilobe_shadow_total", model="digits", version="2", agrees="false")
     meters.count("trilobe_http_responses_total", code=200)
     meters.gauge("trilobe_ready", 1)
@@ -642,7 +643,7 @@ def test_dashboard_and_alerts_ask_for_metrics_that_exist() -> None:
     there = {key[0] for key in read(everything().render())}
     rules = re.findall(r"expr: (?:\|\n((?: {10}.*\n)+)|(.*))", alerts())
     asked = set(re.findall(r"\b(?:nv|trilobe)_\w+", " ".join([*expressions(), *map("".join, rules)])))
-    assert len(rules) == 11 and len(asked) > 25
+    assert len(rules) == 12 and len(asked) > 25
     assert asked <= there, asked - there
 
 
@@ -706,6 +707,14 @@ FIRES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "TrilobeDeskFull": (
         {'trilobe_deferral_refused_total{job="trilobe",instance="a",model="m"}': "0x20 1x10"},
         {'trilobe_deferral_refused_total{job="trilobe",instance="a",model="m"}': "7x30"},
+    ),
+    "TrilobeClientsLimited": (
+        {'trilobe_http_responses_total{job="trilobe",instance="a",code="200"}': "0+990x30",
+         'trilobe_grpc_responses_total{job="trilobe",instance="a",code="OK"}': "0+980x30",
+         'trilobe_grpc_responses_total{job="trilobe",instance="a",code="RESOURCE_EXHAUSTED"}': "0+20x30"},
+        {'trilobe_http_responses_total{job="trilobe",instance="a",code="200"}': "0+999x30",
+         'trilobe_http_responses_total{job="trilobe",instance="a",code="429"}': "0+1x30",
+         'trilobe_grpc_responses_total{job="trilobe",instance="a",code="INTERNAL"}': "0+9x30"},
     ),
     "TrilobeWorkerRestarts": (
         {'trilobe_worker_starts_total{job="trilobe",instance="a",worker="0"}': "1x20 2 3 4 5 5 5 5 5 5 5 5"},

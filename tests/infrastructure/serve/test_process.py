@@ -221,3 +221,89 @@ def test_captures_of_all_workers_are_kept(start: Start, tmp_path: Path) -> None:
     ask(served, n=5)
     endpoint.stop(tmp_path / "endpoint")
     assert read_captures(tmp_path / "endpoint" / "captures") == [], "the rate of this server is 0"
+
+
+LOOK = """
+from trilobe.infrastructure.serve.process import Change
+from trilobe.errors import ConfigError
+seen = ""
+def look():
+    global seen
+    text = Path(sys.argv[1], "settings.txt").read_text()
+    if text == seen:
+        return None
+    seen, (rows, memory, *behind) = text, text.split()
+    if not rows.isdigit():
+        raise ConfigError(f"max_batch = {rows}")
+    how = Settings(workers=WORKERS, batching={"": Batching(int(rows))}, max_memory=int(memory), look=look)
+    return Change(how, 0.0, tuple(behind))
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_settings_that_change_hold_at_the_next_look(start: Start, tmp_path: Path, workers: int) -> None:
+    folder = tmp_path / "endpoint"
+    folder.mkdir()
+    settings = folder / "settings.txt"
+    settings.write_text("5 0")
+    served = start(line(2, tmp_path / "b"), f"workers={workers}, look=look", LOOK.replace("WORKERS", str(workers)))
+
+    def change(text: str) -> None:
+        (folder / "new").write_text(text)
+        (folder / "new").rename(settings)
+
+    def rows() -> set[int]:  # several connections: any worker may accept one
+        return {fetch(served.url, "GET", "/v2/models/lines/config")[1]["max_batch_size"] for _ in range(8)}
+
+    def notice() -> str:
+        return endpoint.read_state(folder).notice
+
+    wait(lambda: rows() == {5})
+    with Load(served.url) as load:
+        change("7 0")
+        wait(lambda: rows() == {7})
+        change("many 0")
+        wait(lambda: notice() == "the settings of before hold: max_batch = many")
+        time.sleep(0.5)
+        assert workers > 1 or rows() == {7}, "of several, one may have looked too late to see the 7"
+        change("9 0 serve.port serve.workers")
+        wait(lambda: rows() == {9})
+        wait(lambda: notice() == "changed since start: serve.port, serve.workers; restart to apply")
+        change("9 0")
+        wait(lambda: notice() == "")
+    assert load.failures == [] and set(load.answers) == {1.0}
+    log = (folder / "server.log").read_text().splitlines()
+    assert log == [
+        "the settings of before hold: max_batch = many",
+        "changed since start: serve.port, serve.workers; restart to apply",
+    ], "each is said once"
+    if workers > 1:
+        change("9 1000000")
+        wait(lambda: endpoint.read_state(folder).workers["restarts"] > 0, 30)
+        change("9 0")
+
+
+ALIVE = """
+import weakref
+plain, made = load, []
+def load(bundle):
+    servable = plain(bundle)
+    made.append(weakref.ref(servable.pipeline))
+    return servable
+def count(x):
+    return {"y": x * 0 + sum(ref() is not None for ref in made)}
+step = function({"x": "FP32[-1,3]"}, {"y": "FP32[-1,3]"})(count)
+alive = graph("alive", {"x": "FP32[-1,3]"}, {"y": "s.y"}, {"s": Node(step, {"x": "x"})})
+"""
+
+
+def test_what_was_replaced_leaves_memory(start: Start, tmp_path: Path) -> None:
+    served = start(line(2, tmp_path / "b0"), "flows=(alive,)", ALIVE)
+    folder = tmp_path / "endpoint"
+    endpoint.replace(folder, line(4, tmp_path / "b1"), shadow=True)
+    assert ask(served, "alive") == {2.0: 1}
+    with Load(served.url) as load:
+        for i in range(2, 5):
+            endpoint.replace(folder, line(2 * i, tmp_path / f"b{i}"))
+    assert load.failures == []
+    wait(lambda: ask(served, "alive") == {1.0: 1})

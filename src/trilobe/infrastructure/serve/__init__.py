@@ -2,8 +2,9 @@
 
 A request passes these rooms: ``http`` (sockets, limits) or ``grpc`` or ``asgi`` -> ``server`` (paths, rights:
 ``access``) -> ``protocol`` (bytes to arrays) -> ``models`` (which version answers) -> ``batching`` (queues, threads) ->
-``graph`` (pipelines of several models), and back. ``metrics``, ``logs`` and ``traces`` watch; ``process`` is the life
-around it. No torch, no pickle, no framework in the path of a request: it would cost more than the model.
+``graph`` (pipelines of several models; ``steps``: functions in processes of their own), and back. ``metrics``, ``logs``
+and ``traces`` watch; ``process`` is the life around it. No torch, no pickle, no framework in the path of a request: it
+would cost more than the model.
 """
 
 from trilobe.infrastructure.serve.batching import Batching

@@ -41,7 +41,9 @@ class Batching:
 
     ``delay`` is how long a request may be held for others to join it (0: not at all); ``replicas`` how many batches of
     this step may run at once (0: as many as there are threads); ``limit`` how long one batch may run before its
-    requests are given up; ``where`` is ``auto`` (by measured time), ``inline`` or ``threads``.
+    requests are given up; ``where`` is ``auto`` (by measured time), ``inline``, ``threads`` or, for a function that is
+    a step of a pipeline, ``processes``: then there are as many as ``replicas``, and one that holds more than
+    ``max_memory`` bytes after a batch is replaced (0: none is).
     """
 
     max_batch: int = 64
@@ -49,7 +51,8 @@ class Batching:
     delay: float = 0.0
     replicas: int = 0
     limit: float = 30.0
-    where: Literal["auto", "inline", "threads"] = "auto"
+    where: Literal["auto", "inline", "threads", "processes"] = "auto"
+    max_memory: int = 0
 
 
 class Meter(Protocol):
@@ -138,6 +141,11 @@ class Queue:
     def busy(self) -> bool:
         """Whether a request waits or runs."""
         return self.waiting > 0 or self.running > 0
+
+    @property
+    def apart(self) -> bool:
+        """Whether this step computes in processes of its own, which keep to its limit themselves."""
+        return self.settings.where == "processes"
 
     @property
     def inline(self) -> bool:
@@ -362,6 +370,7 @@ class Scheduler:
         self.loop = asyncio.get_running_loop()
         self.free = self.threads = threads or len(os.sched_getaffinity(0))
         self.lost = 0
+        self._under_way = 0
         self._ready: dict[Queue, None] = {}
         self._least = 0.0  # seconds used by the least served of those that had something to run
         self._turn_is_due = False
@@ -410,7 +419,8 @@ class Scheduler:
             self.loop.call_soon(self._turn)
 
     def _may_run(self, queue: Queue) -> bool:
-        return self.free > 0 and queue.running < (queue.settings.replicas or self.threads) and queue.waiting > 0
+        room = queue.apart or self.free > 0
+        return room and queue.running < (queue.settings.replicas or self.threads) and queue.waiting > 0
 
     def _dispatch(self, queue: Queue) -> None:
         if not self._may_run(queue):
@@ -418,11 +428,13 @@ class Scheduler:
         batch = queue.take()
         if not batch:
             return
-        self.free -= 1
-        queue.running += 1
         job = _Job(queue, batch)
-        job.timer = self.loop.call_later(queue.settings.limit, self._give_up, job)
-        if self._started < self.threads + self.lost:
+        queue.running += 1
+        self._under_way += 1
+        if not queue.apart:  # its thread only waits, and takes no core from the others
+            self.free -= 1
+            job.timer = self.loop.call_later(queue.settings.limit, self._give_up, job)
+        if self._started < self._under_way + self.lost:
             self._started += 1
             threading.Thread(target=self._work, name="inference", daemon=True).start()
         self._jobs.put(job)
@@ -443,7 +455,8 @@ class Scheduler:
             return
         if job.timer is not None:
             job.timer.cancel()
-        self.free += 1
+            self.free += 1
+        self._under_way -= 1
         job.queue.running -= 1
         job.queue.deliver(done)
         self._continue(job.queue)
@@ -452,6 +465,7 @@ class Scheduler:
         job.given_up = True
         self.lost += 1
         self.free += 1
+        self._under_way -= 1
         job.queue.give_up(job.batch)
         self._continue(job.queue)
 

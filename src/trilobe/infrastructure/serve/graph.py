@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from trilobe.errors import DataError, ServeError, TrilobeError, UsageError
 from trilobe.infrastructure.pipeline import Arrays, TensorSpec, declared
+from trilobe.infrastructure.serve.batching import Batching
 
 Start = Callable[..., "asyncio.Future[dict[str, NDArray[Any]]]"]
 FlowFunction = Callable[..., Awaitable[Mapping[str, NDArray[Any]]]]
@@ -30,7 +31,8 @@ Known = Mapping[str, tuple[Sequence[TensorSpec], Sequence[TensorSpec]]]  # of ea
 class Function:
     """A step in Python: arrays of n rows by name in, arrays of n rows by name out.
 
-    Requests that ``joins`` are computed together; where the rows of one must be alike, keep them apart.
+    Requests that ``joins`` are computed together; where the rows of one must be alike, keep them apart. ``batching``
+    says how they are computed (None: in threads, otherwise as the server's models are).
     """
 
     name: str
@@ -38,6 +40,7 @@ class Function:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     joins: bool = True
+    batching: Batching | None = None
 
     def __call__(self, data: Arrays) -> dict[str, NDArray[Any]]:
         """The declared outputs, checked; whatever else goes wrong is a ``ServeError`` that names the step."""
@@ -53,7 +56,7 @@ class Function:
 
 
 def function(
-    inputs: Mapping[str, str], outputs: Mapping[str, str], joins: bool = True
+    inputs: Mapping[str, str], outputs: Mapping[str, str], joins: bool = True, batching: Batching | None = None
 ) -> Callable[[Callable[..., Any]], Function]:
     """Declare a Python function as a step: what it takes and gives, in the short form of :class:`TensorSpec`.
 
@@ -66,7 +69,7 @@ def function(
     """
 
     def declare(run: Callable[..., Any]) -> Function:
-        return Function(run.__name__, run, _specs(inputs), _specs(outputs), joins)
+        return Function(run.__name__, run, _specs(inputs), _specs(outputs), joins, batching)
 
     return declare
 

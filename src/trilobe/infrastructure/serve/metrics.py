@@ -93,6 +93,9 @@ _NAMED = (  # for Meters.count and Meters.gauge; all others are made of a model'
     Family("trilobe_deferred_total", "counter", ("model",), "Answers left to a person"),
     Family("trilobe_deferral_refused_total", "counter", ("model",), "Answers in doubt that too many already wait for"),
     Family("trilobe_shadow_total", "counter", (*_MODEL, "agrees"), "Answers compared with those of the shadow version"),
+    Family(
+        "trilobe_step_replaced_total", "counter", ("model", "step", "reason"), "Processes of a step that were replaced"
+    ),
     Family("trilobe_captures_dropped_total", "counter", (), "Captures that could not be written"),
     Family("trilobe_http_responses_total", "counter", ("code",), "HTTP responses by status"),
     Family("trilobe_grpc_responses_total", "counter", ("code",), "gRPC answers by status"),

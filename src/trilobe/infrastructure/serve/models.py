@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from trilobe.infrastructure.serve.batching import Batching, Finish, Meter, Queue
 from trilobe.infrastructure.serve.graph import Flow, Function
 from trilobe.infrastructure.serve.metrics import Meters, Part
 from trilobe.infrastructure.serve.protocol import Call, Reader, Refused, Writer
+from trilobe.infrastructure.serve.steps import Processes
 from trilobe.types import Bundle
 
 Load = Callable[[Bundle], Servable]
@@ -76,8 +77,20 @@ class Version:
     @property
     def busy(self) -> bool:
         """Whether requests wait for it or are under way."""
-        parts = self.queue, self.preparation, self.rest, self.unseen, self.files
+        parts = *self._queues, self.files
         return any(part.busy for part in parts if part is not None)
+
+    @property
+    def _queues(self) -> list[Queue]:
+        parts = self.queue, self.preparation, self.rest, self.unseen
+        return [queue for queue in parts if queue is not None]
+
+    def tune(self, how: Batching) -> None:
+        """Be run so from now on; what is under way ends as it began."""
+        for queue in self._queues:
+            queue.settings = how
+        if self.files is not None:
+            self.files.tune(_in_threads(how))
 
     def of(self, inputs: Arrays) -> "Version":
         """Itself, or the one for files where these ``inputs`` are some."""
@@ -138,25 +151,31 @@ class FlowVersion:
         self.meter = repository.meters.of(flow.name, self.id)
         self.reader, self.writer = Reader(flow.inputs, outputs), Writer(outputs, flow.name, self.id)
         self._repository = repository
-        self._queues = {
-            step: Queue(
-                f"{flow.name}: {step}",
-                run,
-                repository.scheduler,
-                repository.batching.get(step) or _in_threads(repository.batching.get("")),
-                joins=run.joins,
-                cost=FIRST_GUESS,
-                meter=_StepMeter(self.meter.part(step)),
-                label=step,
-            )
-            for step, run in flow.steps.items()
-            if isinstance(run, Function)
-        }
+        functions = {step: run for step, run in flow.steps.items() if isinstance(run, Function)}
+        self._queues = {step: self._queue(step, run) for step, run in functions.items()}
+
+    def _queue(self, step: str, function: Function) -> Queue:
+        how = self._repository.how_of_step(step, function)
+        return Queue(
+            f"{self.name}: {step}",
+            self._repository.apart(self.name, step, function, how) if how.where == "processes" else function,
+            self._repository.scheduler,
+            how,
+            joins=function.joins,
+            cost=FIRST_GUESS,
+            meter=_StepMeter(self.meter.part(step)),
+            label=step,
+        )
 
     @property
     def busy(self) -> bool:
         """Whether requests are under way."""
         return self.under_way > 0
+
+    def tune(self) -> None:
+        """Have its steps in Python run as its repository says now."""
+        for step, queue in self._queues.items():
+            queue.settings = self._repository.how_of_step(step, cast("Function", self.flow.steps[step]))
 
     @property
     def defers(self) -> bool:
@@ -331,12 +350,49 @@ class Repository:
         # One thread for all: each new one would take, and keep, a part of the heap for itself.
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self._draining: set[asyncio.Task[None]] = set()
+        self._apart: dict[tuple[str, str], Processes] = {}
+
+    def close(self) -> None:
+        """End the processes of steps; nothing may be under way any more."""
+        for processes in self._apart.values():
+            processes.close()
+
+    def apart(self, flow: str, step: str, function: Function, how: Batching) -> Processes:
+        """The processes that run a step of a flow, which outlive its versions."""
+        if (flow, step) not in self._apart:
+            n = how.replicas or self.scheduler.threads
+            replaced = partial(self._replaced, flow, step)
+            self._apart[flow, step] = Processes(function, n, how.limit, how.max_memory, replaced)
+        return self._apart[flow, step]
+
+    def _replaced(self, flow: str, step: str, reason: str) -> None:
+        self.meters.count("trilobe_step_replaced_total", model=flow, step=step, reason=reason)
 
     def model(self, name: str) -> Model:
         """The model of that name, or :class:`Refused` 404."""
         if name not in self.models:
             raise Refused(404, f"unknown model {name!r}", expected=f"one of {sorted(self.models)}")
         return self.models[name]
+
+    @property
+    def draining(self) -> bool:
+        """Whether a version that was let go still answers, and so takes memory."""
+        return bool(self._draining)
+
+    def how(self, name: str) -> Batching:
+        """How the model of that name is run."""
+        return self.batching.get(name) or self.batching.get("") or Batching()
+
+    def how_of_step(self, step: str, run: Function) -> Batching:
+        """How a step in Python is run: in threads unless it is said, for it must not keep the loop from the others."""
+        return run.batching or self.batching.get(step) or _in_threads(self.how(""))
+
+    def tune(self, batching: Mapping[str, Batching]) -> None:
+        """Run everything as ``batching`` says from now on; what is under way ends as it began."""
+        self.batching = dict(batching)
+        for model in self.models.values():
+            for version in model.versions.values():
+                version.tune() if isinstance(version, FlowVersion) else version.tune(self.how(version.name))
 
     @property
     def ready(self) -> bool:
@@ -361,19 +417,22 @@ class Repository:
                 self._let_go(model, version)
         for name, wish in wishes.items():
             await self._settle(self.models.setdefault(name, Model(name)), wish)
+        self.defers = any(v.threshold is not None for model in self.models.values() for v in model.versions.values())
         for flow in self.flows.values():
-            self._settle_flow(self.models.setdefault(flow.name, Model(flow.name)), flow)
+            await self._settle_flow(self.models.setdefault(flow.name, Model(flow.name)), flow)
 
-    def _settle_flow(self, model: Model, flow: Flow) -> None:
+    async def _settle_flow(self, model: Model, flow: Flow) -> None:
         try:
-            outputs = self._fit(flow, {})
+            outputs, now = self._fit(flow, {}), model.versions.get(model.current)
+            if now is None or now.outputs != outputs:
+                now = FlowVersion(flow, outputs, self)
+                for processes in [p for (name, _), p in self._apart.items() if name == flow.name]:
+                    await self.scheduler.loop.run_in_executor(self._builder, processes.start)
         except TrilobeError as error:
             logger.error("%s", error)
             model.error, model.current, model.versions = str(error), "", {}  # it could not keep what it promises
         else:
-            model.error, now = "", model.versions.get(model.current)
-            if now is None or now.outputs != outputs:
-                model.versions, model.current = {"1": FlowVersion(flow, outputs, self)}, "1"
+            model.error, model.versions, model.current = "", {now.id: now}, now.id
         model.state = "ready" if model.current else "failed"
 
     def _is_alive(self, flow: Flow, name: str) -> bool:
@@ -422,15 +481,20 @@ class Repository:
         loop = self.scheduler.loop
         bundle = await loop.run_in_executor(self._builder, open_bundle, path)
         known = model.versions.get(bundle.id)
-        if not isinstance(known, Version):
-            servable, cost, joins = await loop.run_in_executor(self._builder, self._build, bundle)
-            threshold = self._threshold(model.name, bundle)
-            if threshold is not None:
-                _expect_proba(servable)
-            known = model.versions[bundle.id] = self._version(model.name, bundle.id, servable, cost, joins)
-            known.threshold = threshold
-            self.defers = self.defers or known.defers
-        return known
+        if isinstance(known, Version):  # but the settings may ask for another promise
+            known.threshold = self._promised(model.name, bundle, known.servable)
+            return known
+        servable, cost, joins = await loop.run_in_executor(self._builder, self._build, bundle)
+        threshold = self._promised(model.name, bundle, servable)
+        version = model.versions[bundle.id] = self._version(model.name, bundle.id, servable, cost, joins)
+        version.threshold = threshold
+        return version
+
+    def _promised(self, name: str, bundle: Bundle, servable: Servable) -> float | None:
+        threshold = self._threshold(name, bundle)
+        if threshold is not None:
+            _expect_proba(servable)
+        return threshold
 
     def _build(self, bundle: Bundle) -> tuple[Servable, float, bool]:
         servable = self._load(bundle)
@@ -439,16 +503,17 @@ class Repository:
 
     def _version(self, name: str, id_: str, servable: Servable, cost: float, joins: bool) -> Version:
         meter = self.meters.of(name, id_)
-        settings = self.batching.get(name) or self.batching.get("")
-        watch, proba = self.watch, _judged(servable.inputs, servable.outputs[:1])
+        settings = self.how(name)
+        proba = _judged(servable.inputs, servable.outputs[:1])
         seen = None
-        if watch is not None and proba:
+        if proba:
             source = servable.inputs[0].name
 
             def seen(inputs: Arrays, outputs: Arrays) -> None:
-                watch(name, id_, inputs[source], outputs[proba])
+                if self.watch is not None:
+                    self.watch(name, id_, inputs[source], outputs[proba])
 
-        elif watch is not None:
+        elif self.watch is not None:
             logger.info("what %r answers is not captured: its first output holds no probabilities of each row", name)
 
         def queue(part: Servable, name: str, label: str = "", seen: Any = None) -> Queue:
@@ -539,9 +604,8 @@ class Repository:
         answer.add_done_callback(lambda _: copy.add_done_callback(compare))
 
 
-def _in_threads(settings: Batching | None) -> Batching:
-    """How a step in Python is run unless it is said: whatever it does, it must not keep the loop from the others."""
-    return replace(settings or Batching(), where="threads")
+def _in_threads(settings: Batching) -> Batching:
+    return replace(settings, where="threads")
 
 
 def _agreeing(first: Arrays, second: Arrays, rows: int) -> int:

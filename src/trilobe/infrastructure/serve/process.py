@@ -8,6 +8,7 @@ themselves; the socket outlives every worker, so no connection that waits is los
 
 import asyncio
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import gc
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 from msgspec.structs import replace
@@ -80,6 +81,8 @@ class Settings:
         defer: what says, of a bundle, below which confidence an answer is left to people (None: no answer is). It
             raises where the bundle cannot keep what was promised.
         max_waiting: answers that may wait for people; beyond that, what is in doubt is answered all the same.
+        look: what each process asks, five times a second, for settings that have changed (None: they do not). What it
+            raises is said once, and changes nothing.
     """
 
     workers: int = 1
@@ -97,6 +100,18 @@ class Settings:
     json_log: bool = False
     defer: Callable[[Bundle], float] | None = None
     max_waiting: int = LIMIT
+    look: "Callable[[], Change | None] | None" = None
+
+
+class Change(NamedTuple):
+    """What the settings say now: those that may change while a server runs, the others as they were at its start.
+
+    ``behind`` names what has changed among the others.
+    """
+
+    settings: Settings
+    capture_rate: float
+    behind: tuple[str, ...] = ()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -243,8 +258,8 @@ async def _serve(
         gate_for(job.folder, job.host, settings, meters),
         threads,
     )
-    server.traces, server.access = open_traces(), access_log(settings.log_share)
-    server.deferral = Deferral(Desk(job.folder, settings.max_waiting), settings.defer)
+    server.traces = open_traces()
+    _tune(server, job)
     server.control = _control(job, server)
     limits = dataclasses.replace(settings.limits, max_body=job.max_body, max_connections=_room(settings.limits))
     front = HttpServer(server.handle, limits, server.explain)
@@ -282,17 +297,19 @@ async def _follow(
     tried: asyncio.Event,
     ended: asyncio.Event,
 ) -> None:
-    """Serve what is wished for whenever the wish changes, and say how it went."""
-    said, complaint = state, ""
+    """Serve what is wished for whenever the wish changes, or the settings do, and say how it went."""
+    said, complaint, again, untidy = state, "", False, False
     while True:
+        before = job
+        job, state = _followed(job, state, aloud=job.settings.workers == 1)  # else their parent says it, once
+        if job != before:
+            _tune(server, job)
+            again = again or job.settings.defer is not before.settings.defer
         try:
             desired = read_desired(job.folder)
-            if desired.deployment != state.deployment:
+            if again or desired.deployment != state.deployment:
                 await server.apply(desired.models)
-                gc.unfreeze()
-                gc.collect()  # what was loaded before and is used no more
-                gc.freeze()  # what is loaded stays: looking through it again and again costs a tenth of all time
-                gc.set_threshold(10_000)  # a turn of 64 requests makes some 700 objects, all gone when it is over
+                again, untidy = False, True
                 state = replace(_described(server, state), deployment=desired.deployment, since=time.time())
                 tried.set()
             if state is not said:
@@ -302,6 +319,9 @@ async def _follow(
             if str(error) != complaint:
                 logger.warning("%s", error)
             complaint = str(error)
+        if untidy and not server.repository.draining:
+            untidy = False
+            _tidy()
         _count(server, front)
         if job.settings.workers > 1:
             with contextlib.suppress(OSError):
@@ -310,6 +330,49 @@ async def _follow(
                 logger.error("%d threads hang: this worker makes room for another", server.scheduler.lost)
                 ended.set()
         await asyncio.sleep(POLL_SECONDS)
+
+
+def _followed(job: _Job, state: State, aloud: bool = True) -> tuple[_Job, State]:
+    """The job with the settings as they are now, and the state with what of them is not in force."""
+    if job.settings.look is None:
+        return job, state
+    try:
+        change = job.settings.look()
+    except TrilobeError as error:
+        notice = f"the settings of before hold: {error}"
+    else:
+        if change is None:
+            return job, state
+        job = dataclasses.replace(job, settings=change.settings, capture_rate=change.capture_rate)
+        notice = f"changed since start: {', '.join(change.behind)}; restart to apply" if change.behind else ""
+    if notice == state.notice:
+        return job, state
+    if aloud and notice:
+        logger.warning("%s", notice)
+    return job, replace(state, notice=notice)
+
+
+def _tidy() -> None:
+    """Let go of what was loaded before, for good, and keep the collector from what is.
+
+    What lies between blocks that are in use stays with glibc unless it is asked to hand it back; runtimes that come and
+    go would leave more of that with every replacement.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()  # what is loaded stays: looking through it again and again costs a tenth of all time
+    gc.set_threshold(10_000)  # a turn of 64 requests makes some 700 objects, all gone when it is over
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _tune(server: Server, job: _Job) -> None:
+    """What the settings say that may change while a server runs. Thresholds follow when its wishes are applied."""
+    settings = job.settings
+    server.repository.tune(settings.batching)
+    server.tune(job.capture_rate)
+    server.access = access_log(settings.log_share)
+    server.deferral = Deferral(Desk(job.folder, settings.max_waiting), settings.defer)
 
 
 def _count(server: Server, front: HttpServer) -> None:
@@ -431,6 +494,7 @@ def _supervise(job: _Job, listener: socket.socket, state: State) -> None:
     restarts, said = 0, state
     try:
         while not stopping:
+            job, state = _followed(job, state)
             for number in set(range(job.settings.workers)) - {w.number for w in workers.values()}:
                 workers |= _fork(job, listener, state, number)
             time.sleep(POLL_SECONDS / 2)
@@ -445,7 +509,8 @@ def _supervise(job: _Job, listener: socket.socket, state: State) -> None:
                 continue
             for worker in workers.values():
                 _end_if_ill(job, worker)
-            merged = replace(_merged(job, state, workers), workers={"alive": len(workers), "restarts": restarts})
+            counts = {"alive": len(workers), "restarts": restarts}
+            merged = replace(_merged(job, state, workers), workers=counts, notice=state.notice)
             if replace(merged, since=0.0) != replace(said, since=0.0):
                 write_state(job.folder, merged)
                 said = merged

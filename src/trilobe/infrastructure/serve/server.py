@@ -124,9 +124,16 @@ class Server:
         # The endpoint's own is first (its name is "" there): what is beside it is held against it.
         await self.repository.apply({name or self.name: wish for name, wish in sorted(wishes.items())})
 
+    def tune(self, capture_rate: float) -> None:
+        """Keep this share of the traffic from now on, 0 to 1."""
+        if self.captures is not None:
+            self.captures.rate = capture_rate
+            self.repository.watch = self._watch if capture_rate else None
+
     def close(self) -> None:
         """Make the captures durable and end the threads; nothing may be under way any more."""
         self.scheduler.close()
+        self.repository.close()
         self.readers.shutdown(wait=False)
         self._diary.shutdown(wait=True)
         if self.captures is not None:
@@ -512,7 +519,7 @@ class Server:
 
     def configuration(self, version: AnyVersion) -> dict[str, Any]:
         """What Triton's clients know as the model's configuration, as far as it applies."""
-        settings = self.repository.batching.get(version.name) or Batching()
+        settings = self.repository.how(version.name)
 
         def tensors(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
             return [
