@@ -18,7 +18,17 @@ from namespaces import set_rate  # type: ignore[import-not-found]
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from trilobe.algorithms.parallel import EF_SIGN, EF_VOTE, MAJORITY_VOTE, SIGNUM, Choices, State, compressed_hook, hook
+from trilobe.algorithms.parallel import (
+    EF_SIGN,
+    EF_VOTE,
+    MAJORITY_VOTE,
+    SIGNUM,
+    STOCHASTIC_VOTE,
+    Choices,
+    State,
+    compressed_hook,
+    hook,
+)
 
 # rate and burst of tbf: what the link carries in about a millisecond may pass at once
 RATES = {"100 Mbit/s": ("100mbit", "16kb"), "500 Mbit/s": ("500mbit", "64kb"), "1 Gbit/s": ("1gbit", "128kb")}
@@ -28,6 +38,7 @@ OURS = {
     "majority_vote": MAJORITY_VOTE,
     "vote_ties_zero": Choices(ties="zero"),
     "signum": SIGNUM,
+    "stochastic_vote": STOCHASTIC_VOTE,
     "ef_vote": EF_VOTE,
     "ef_sign": EF_SIGN,
 }

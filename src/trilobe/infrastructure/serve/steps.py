@@ -77,13 +77,15 @@ class Processes:
     def start(self) -> None:
         """Start all processes and wait until each has imported the step; raises :class:`ServeError` where one cannot.
 
-        Nothing may be under way. What is not started so is started by the first call that needs it.
+        Those that compute meanwhile are left alone. What is not started so is started by the first call that needs it.
         """
         started = [self._idle.get() or self._begin() for _ in range(self._idle.qsize())]  # side by side
-        for process in started:
-            self._idle.put(process)
-        for process in started:
-            process.wait(START_SECONDS)
+        try:
+            for process in started:
+                process.wait(START_SECONDS)
+        finally:
+            for process in started:
+                self._idle.put(process)
 
     def __call__(self, data: Arrays) -> dict[str, NDArray[Any]]:
         """The declared outputs, see :class:`~trilobe.infrastructure.serve.graph.Function`."""
