@@ -1,9 +1,15 @@
-"""A tiny project for tests: three kinds of 8 x 8 pictures, 60 to learn from, 30 held out; a whole round takes < 1 s."""
+"""A tiny project for tests: three kinds of 8 x 8 pictures, 60 to learn from, 30 held out; a whole round takes < 1 s.
 
+And what holds for all tests: files with slow ones begin, property tests have no deadline, none leaves anything behind.
+"""
+
+import gc
 import json
 import os
 import shutil
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import HealthCheck, settings
+
+# Two test processes on two cores: a second thread of each would wait for the other's.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# How long an example takes says nothing on a busy machine. In CI the examples are the same each time: what others find
+# they find at home.
+settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True,
+    derandomize="CI" in os.environ, database=None if "CI" in os.environ else settings.default.database,
+)  # fmt: skip
+settings.load_profile("tests")
+# Threads that may go on: tqdm's, started once; those of a scheduler, which wait for work that no longer comes.
+LASTING = {"tqdm_monitor", "inference"}
 
 KINDS = ("bar", "cross", "dot")
 TOML = """\
@@ -115,6 +134,31 @@ class Tiny:
                 "models": [m.id for m in p.store.models()],
                 "bundles": [b.id for b in p.store.bundles()],
             }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins, so that no worker waits at the end for the other's longest test."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """A file of tests ends with the threads, variables and working folder it began with.
+
+    What it leaves would trouble what runs later in this process: a thread that draws from ``random`` breaks property
+    tests, and a process with threads cannot fork.
+    """
+    threads, variables, folder = {*threading.enumerate()}, dict(os.environ), Path.cwd()
+    yield
+    deadline = time.monotonic() + 20
+    while left := [t for t in threading.enumerate() if t not in threads and t.name not in LASTING]:
+        assert time.monotonic() < deadline, f"threads that go on: {left}"
+        gc.collect()  # an executor that nobody has ends its threads
+        time.sleep(0.05)
+    new = {k for k in os.environ.keys() - variables.keys() if k.startswith("TRILOBE")}  # libraries set their own
+    changed = {k for k, v in variables.items() if os.environ.get(k) != v} - {"PYTEST_CURRENT_TEST"}
+    assert (new | changed, Path.cwd()) == (set(), folder)
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def to_target(parts: dict[str, Any]) -> dict[str, Any]:
         for link, steps in parts[f"steps {workers}"]["seen"].items():
             row = {}
             for name, tuned in parts[f"tune {workers}"]["seen"].items():
-                if tuned["steps"] and None not in tuned["steps"]:
+                if name in steps and tuned["steps"] and None not in tuned["steps"]:
                     row[name] = round(statistics.median(tuned["steps"]) * steps[name]["ms"] / 1e3, 2)
             table[f"{workers} workers, {link}"] = dict(sorted(row.items(), key=lambda kv: kv[1]))
     return table

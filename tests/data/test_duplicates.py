@@ -40,8 +40,10 @@ def test_new_ones_are_unlike_and_the_others_are_like_the_one_they_repeat(seed: i
         assert found[i] < 0 or is_new[found[i]], "likeness is not handed on"
     among = likeness(x[is_new], x[is_new], center)
     assert (among[np.triu_indices_from(among, 1)] < threshold + 1e-4).all()
-    if m:
-        assert (likeness(x[is_new], known, center) < threshold + 1e-4).all()
+    together = near_duplicates(np.concatenate([known, x]), threshold, center=center, recall=1 - 1e-9)
+    assert (np.where(together[m:] < m, ~together[m:], together[m:] - m) == found).all()
+    old = known[together[:m] == np.arange(m)]  # one that repeats another of them stands for nobody
+    assert (likeness(x[is_new], old, center) < threshold + 1e-4).all()
 
 
 def test_recall_at_the_threshold() -> None:

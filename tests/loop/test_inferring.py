@@ -554,7 +554,7 @@ import trilobe.loop.inferring as inferring
 inferring.PART = 5
 run = Servable.run
 def slow(self, inputs):
-    time.sleep(0.004)
+    time.sleep(0.02)
     return run(self, inputs)
 Servable.run = slow
 print("ready", flush=True)

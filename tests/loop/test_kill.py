@@ -12,7 +12,7 @@ import pytest
 # One warm process that has imported everything and forks for each run. Nothing is opened before the fork.
 STUDY = """
 import json, os, signal, sys, time
-import numpy, torch, onnx, onnxruntime, onnxscript
+import numpy, torch._dynamo, onnx, onnxscript  # not onnxruntime, which starts a thread
 import trilobe.algorithms.fit, trilobe.algorithms.export, trilobe.infrastructure.pipeline, trilobe.trust.attacks
 from trilobe import loop
 from trilobe.types import Response
@@ -115,18 +115,21 @@ def test_killed_at_any_point_it_ends_the_same(prepared, study, tmp_path: Path) -
     assert len(expected["curve"]) == 2
     moments = np.random.default_rng(20).uniform(0.0, seconds, 20)
 
-    def one(i: int) -> tuple[int, bool]:
-        folder = fresh(f"killed-{i}")
-        killed = ask(study[i % 2], folder, float(moments[i]))[0] == 9
+    def one(i: int) -> Path:
+        for earlier in range(8):  # should the machine be less busy than it was, a run may end before it is killed
+            folder = fresh(f"killed-{i}-{earlier}")
+            if ask(study[i % 2], folder, float(moments[i] * 0.6**earlier))[0] == 9:
+                break
+        else:
+            pytest.fail(f"run {i} always ended before it was killed")
         assert ask(study[i % 2], folder, None)[0] == 0, f"run {i}, killed after {moments[i]:.2f} s, does not go on"
-        return i, killed
+        return folder
 
     with ThreadPoolExecutor(2) as two:
-        halves = two.map(lambda start: [one(i) for i in range(start, 20, 2)], (0, 1))
-        done = dict(pair for half in halves for pair in half)
-    assert sum(done.values()) >= 15, f"only {sum(done.values())} of 20 were killed before their end"
-    for i in done:
-        found = outcome(tmp_path / f"killed-{i}")
+        halves = two.map(lambda start: [(i, one(i)) for i in range(start, 20, 2)], (0, 1))
+        done = [pair for half in halves for pair in half]
+    for i, folder in done:
+        found = outcome(folder)
         different = [k for k in expected if found[k] != expected[k]]
         assert not different, f"killed after {moments[i]:.2f} of {seconds:.2f} s, {different} came out otherwise"
 
@@ -137,7 +140,7 @@ def test_killed_again_and_again(prepared, study) -> None:
     shutil.copytree(prepared.folder, whole)
     _, seconds = ask(study[0], whole, None)
     for attempt in range(12):  # longer each time: on a busy machine one step may take what the whole took before
-        status, _ = ask(study[0], prepared.folder, 0.7 * seconds * 1.1**attempt)
+        status, _ = ask(study[0], prepared.folder, 0.7 * seconds * 1.2**attempt)
         if status == 0:
             break
     assert status == 0, "no progress between kills"

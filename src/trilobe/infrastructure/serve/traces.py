@@ -146,8 +146,9 @@ def open_traces(endpoint: str = "", share: float | None = None, service: str = "
     # A setting names the collector; the variables mean what the SDK says they mean, which reads them itself.
     where = {"endpoint": f"{endpoint.rstrip('/')}/v1/traces"} if endpoint else {}
     exporter = exporters.OTLPSpanExporter(**where)
-    provider.add_span_processor(export.BatchSpanProcessor(exporter))
-    return Traces(provider, _share() if share is None else share, give_up=exporter.shutdown)
+    traces = Traces(provider, _share() if share is None else share, give_up=exporter.shutdown)
+    provider.add_span_processor(export.BatchSpanProcessor(exporter))  # last: it starts a thread, which close() ends
+    return traces
 
 
 def _called_by_grpc(status: str) -> dict[str, Any]:
