@@ -159,7 +159,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
                 return False
 
         with running("trilobe", command, port, answers) as server:
-            most = chosen.maximum or maximum(server, images[:1], 1.0 if chosen.quick else 3.0, 3)
+            most = chosen.maximum or maximum(server, images[:1], 1.0 if chosen.quick else 20.0, 3)
             requests = [openloop.http_request(wires.V2_BINARY.write(images[i : i + 1])) for i in range(len(images))]
             load = openloop.Load(port, requests, right, chosen.share * most, seconds, folder / "rows")
             print(f"maximum {most:.0f}/s; {load.rate:.0f}/s for {seconds:.0f} s", file=sys.stderr)

@@ -342,8 +342,8 @@ def test_a_timeout_is_kept(kind: Kind) -> None:
     """Microseconds; 504 over HTTP, DEADLINE_EXCEEDED over gRPC, long before the model is done."""
     begin = time.monotonic()
     with pytest.raises(InferenceServerException, match="did not answer within") as caught:
-        kind.client.infer("slow", seconds(kind, 1.0), timeout=50_000)
-    assert time.monotonic() - begin < 0.9
+        kind.client.infer("slow", seconds(kind, 2.0), timeout=50_000)
+    assert time.monotonic() - begin < 1.9
     assert caught.value.status() in ("504", "StatusCode.DEADLINE_EXCEEDED")
 
 

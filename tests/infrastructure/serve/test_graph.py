@@ -287,7 +287,7 @@ def test_slow_steps_run_beside_each_other_and_a_timeout_ends_them(bundles: dict[
     def step(name: str) -> Any:
         @function(X, {"y": "FP32[-1,3]"})
         def work(x):
-            time.sleep(0.2)
+            time.sleep(0.5)
             return {"y": x}
 
         return replace(work, name=name)
@@ -299,7 +299,7 @@ def test_slow_steps_run_beside_each_other_and_a_timeout_ends_them(bundles: dict[
         server = await serve([slow], bundles, threads=3)
         start = time.perf_counter()
         await ask(server, "slow", x=ONES)
-        assert time.perf_counter() - start < 0.5, "0.6 s of sleep, three at a time"
+        assert time.perf_counter() - start < 1.4, "1.5 s of sleep, three at a time"
         version = server.model("slow")
         with pytest.raises(Refused, match=r"'slow' did not answer within 0\.05 s") as caught:
             await version.submit({"x": ONES}, 1, None, timeout=0.05)

@@ -269,24 +269,31 @@ def test_renewed_certificates_serve_new_connections(
         with connected(port, trusting(house)) as tls:
             return int(tls.getpeercert()["serialNumber"], 16)
 
+    def wait_for(wanted: int) -> None:
+        deadline = time.monotonic() + 10
+        while (found := serial(port)) != wanted and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert found == wanted
+
     put(21)
     with serving(server_context(cert, key)) as port:
-        assert serial(port) == 21
+        wait_for(21)
         with connected(port, trusting(house)) as kept:
             put(22)
-            time.sleep(0.15)
-            assert serial(port) == 22
+            wait_for(22)
             kept.sendall(b"GET /a HTTP/1.1\r\n\r\n")  # an old connection goes on
             assert kept.recv(1000).startswith(b"HTTP/1.1 200 ")
         put(23, whole=False)  # the certificate is there, its key is not yet
-        time.sleep(0.15)
+        deadline = time.monotonic() + 10
+        while "is not the key of" not in caplog.text and time.monotonic() < deadline:
+            assert serial(port) == 22
+            time.sleep(0.05)
         assert serial(port) == 22 and "is not the key of" in caplog.text
         cert.unlink()
         time.sleep(0.15)
         assert serial(port) == 22
         put(24)
-        time.sleep(0.15)
-        assert serial(port) == 24
+        wait_for(24)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

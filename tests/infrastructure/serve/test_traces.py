@@ -182,7 +182,7 @@ def test_a_collector_that_is_not_there_costs_nothing_but_the_spans(caplog: pytes
     infer(traces, {})
     assert time.monotonic() - start < 1
     traces.close()
-    assert time.monotonic() - start < 6
+    assert time.monotonic() - start < 9
     assert "opentelemetry" in {r.name.split(".")[0] for r in caplog.records}
     # A thread that went on would draw from random, which property tests that run after this one do not forgive.
     assert not {t.name for t in threading.enumerate()} - before
