@@ -256,10 +256,8 @@ def test_max_pending_is_that_of_the_whole_server(start: Any, tmp_path: Path) -> 
         assert sorted(statuses) == [200] * 3 + [429] * 9
         assert list(pool.map(ask, [0.0] * 2)) == [200] * 2, "all that ended has left"
         under_way = [pool.submit(ask, 15.0) for _ in range(3)]
-        deadline = time.monotonic() + 10
-        while (found := ask(0.0)) != 429 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert found == 429
+        time.sleep(2.0)  # asking whether they are there would take the place of one
+        assert ask(0.0) == 429
         workers = sorted(int(path.stem) for path in (tmp_path / "endpoint" / "workers").glob("*.json"))
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
