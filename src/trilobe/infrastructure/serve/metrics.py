@@ -370,7 +370,7 @@ class Meters:
         alive = [worker for worker in workers if worker.alive]
         _tell(lines, "trilobe_workers", "", len(alive))
         for worker in sorted(alive, key=lambda w: w.name):
-            if (size := _resident_bytes(worker.pid)) is not None:
+            if (size := resident_bytes(worker.pid)) is not None:
                 _tell(lines, "trilobe_worker_resident_bytes", _tags(("worker",), (worker.name,)), size)
         self._tell_machine(lines)
         return "".join(
@@ -491,7 +491,12 @@ def _memory_bytes() -> tuple[int, int] | None:
         return None
 
 
-def _resident_bytes(pid: int) -> int | None:
+def resident_bytes(pid: int) -> int | None:
+    """Bytes of memory that a process holds; None where it is gone.
+
+    >>> resident_bytes(os.getpid()) > 1_000_000
+    True
+    """
     try:
         return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * mmap.PAGESIZE
     except (OSError, ValueError, IndexError):

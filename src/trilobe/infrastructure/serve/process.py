@@ -47,7 +47,7 @@ from trilobe.infrastructure.serve.batching import Batching
 from trilobe.infrastructure.serve.graph import Flow
 from trilobe.infrastructure.serve.http import HttpServer, Limits
 from trilobe.infrastructure.serve.logs import JsonFormatter, access_log
-from trilobe.infrastructure.serve.metrics import Meters
+from trilobe.infrastructure.serve.metrics import Meters, resident_bytes
 from trilobe.infrastructure.serve.models import Load
 from trilobe.infrastructure.serve.server import MAX_BODY, Control, Deferral, Server
 from trilobe.infrastructure.serve.traces import open_traces
@@ -539,7 +539,7 @@ def _end_if_ill(job: _Job, worker: _Worker) -> None:
         if time.time() - path.stat().st_mtime > HUNG_SECONDS:
             logger.error("worker %d (pid %d) hangs", worker.number, worker.pid)
             os.kill(worker.pid, signal.SIGKILL)
-        resident = int(Path(f"/proc/{worker.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        resident = resident_bytes(worker.pid) or 0
         if job.settings.max_memory and resident > job.settings.max_memory:
             logger.error("worker %d (pid %d) holds %d MB", worker.number, worker.pid, resident >> 20)
             os.kill(worker.pid, signal.SIGTERM)

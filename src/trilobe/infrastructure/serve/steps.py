@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from queue import LifoQueue
 from typing import Any
 
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from trilobe.errors import DataError, ServeError, TrilobeError, UsageError
 from trilobe.infrastructure.pipeline import Arrays, TensorSpec, pack, unpack
 from trilobe.infrastructure.serve.graph import Function, find
+from trilobe.infrastructure.serve.metrics import resident_bytes
 from trilobe.infrastructure.serve.protocol import Refused
 
 START_SECONDS = 30.0  # for a process to import what it shall run
@@ -96,7 +96,7 @@ class Processes:
             except ConnectionError:  # was it the step, or did somebody else end it? The next one shows
                 process = self._instead_of(process, "ended")
                 made = process.ask(data, self.step, self.limit)
-            if self.max_memory and process.resident() > self.max_memory:
+            if self.max_memory and process.resident > self.max_memory:
                 process = self._instead_of(process, "grown")
             return made
         except TimeoutError:
@@ -170,13 +170,10 @@ class _Process:
             return "it does not listen"
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
+    @property
     def resident(self) -> int:
-        """Bytes of memory it holds."""
-        try:
-            pages = int(Path(f"/proc/{self._popen.pid}/statm").read_text().split()[1])
-        except OSError:  # it has just ended, which the next call will notice
-            return 0
-        return pages * os.sysconf("SC_PAGE_SIZE")
+        """Bytes of memory it holds; 0 where it has just ended, which the next call will notice."""
+        return resident_bytes(self._popen.pid) or 0
 
     def hang_up(self) -> None:
         """Let it know that nothing more will come."""
