@@ -4,16 +4,21 @@ import json
 import shutil
 import time
 from http.client import HTTPConnection
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+import pytest
+
 from trilobe import loop
-from trilobe.config import ServeSection
+from trilobe.config import BatchingSection, PipelineSection, ServeSection
+from trilobe.errors import ConfigError
 from trilobe.infrastructure import endpoint as endpoints
 from trilobe.infrastructure.capture import read_captures
 from trilobe.infrastructure.client import Client
+from trilobe.infrastructure.serve import Batching
 from trilobe.infrastructure.serve.logs import ACCESS
-from trilobe.loop import project
+from trilobe.loop import project, serving
 from trilobe.loop.serving import LIVE
 
 
@@ -161,3 +166,24 @@ def test_what_was_said_on_the_command_line_stays_whatever_the_file_says(trained)
 
 def test_what_is_live_is_a_setting() -> None:
     assert set(LIVE) < set(ServeSection.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "words"),
+    [
+        (
+            "kinds",
+            {"max_batch": 8},
+            r"\[serve.batching.kinds\] is about no model that is served; expected one of: pets, kind",
+        ),
+        ("kind", {"where": "processes"}, r"auto, inline or threads"),
+        ("both", {"max_batch": 8}, r"is about a pipeline; expected a model"),
+    ],
+)
+def test_how_a_model_is_computed_is_said_of_one_that_is_there(name: str, how: dict[str, Any], words: str) -> None:
+    models, pipelines = {"kind": "b"}, {"both": PipelineSection(flow="json:loads")}
+    section = ServeSection(models=models, pipelines=pipelines, batching={name: BatchingSection(**how)})
+    with pytest.raises(ConfigError, match=words):
+        serving._of_model(section, name, "pets")
+    good = ServeSection(models=models, max_batch=32, batching={"kind": BatchingSection(limit=2.0)})
+    assert serving._of_model(good, "kind", "pets") == Batching(max_batch=32, limit=2.0)

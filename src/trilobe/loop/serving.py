@@ -83,7 +83,7 @@ def serve(
         port, capture = settings.port, settings.capture
         if not 0 <= capture <= 1:
             raise UsageError(f"capture = {capture}", expected="a share from 0 to 1")
-        how_served = _settings(settings, p.folder)
+        how_served = _settings(settings, p.folder, name)
         if engine == "ray":
             wishes = {n: Wish(str(b.path.resolve())) for n, b in {"": chosen, **_beside(p)}.items()}
             return _serve_on_ray(p, name, wishes, port or 8000, capture, how_served)
@@ -106,7 +106,7 @@ def serve(
             command = [sys.executable, "-m", "trilobe", "serve", str(chosen.path.resolve()), *where, *given]
             return endpoints.start(folder, name, command)
         task, captures = p.task, p.captures
-        how_served = replace(how_served, look=_look(settings, p.folder, fixed))
+        how_served = replace(how_served, look=_look(settings, p.folder, name, fixed))
     if not how_served.json_log:  # else every line is JSON
         tell(f"serving {name!r}; interrupt with Ctrl-C")
     serve_forever(folder, name, task.servable, captures, settings.host, port, capture, settings.max_body, how_served)
@@ -127,7 +127,7 @@ def _serve_on_ray(p: Project, name: str, wishes: dict[str, Wish], port: int, cap
     return Endpoint(name, f"http://{host}:{port}", "", "stopped")
 
 
-def _look(start: ServeSection, base: Path, fixed: Mapping[str, Any]) -> Callable[[], Change | None]:
+def _look(start: ServeSection, base: Path, name: str, fixed: Mapping[str, Any]) -> Callable[[], Change | None]:
     """What tells a server that the settings in the folder ``base`` have changed since its ``start``, all but ``fixed``.
 
     The first look always tells, so that nothing is missed between the start and it.
@@ -143,7 +143,7 @@ def _look(start: ServeSection, base: Path, fixed: Mapping[str, Any]) -> Callable
         live = {key: getattr(now, key) for key in LIVE}
         section = msgspec.structs.replace(start, **live)
         behind = [f"serve.{key}" for key in now.__struct_fields__ if getattr(now, key) != getattr(section, key)]
-        return Change(replace(_settings(section, base), look=look), section.capture, tuple(behind))
+        return Change(replace(_settings(section, base, name), look=look), section.capture, tuple(behind))
 
     return look
 
@@ -156,8 +156,8 @@ def _stamp(file: Path) -> tuple[int, ...]:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def _settings(section: ServeSection, base: Path) -> Settings:
-    """What ``[serve]`` says, with paths that begin at the project's folder.
+def _settings(section: ServeSection, base: Path, name: str) -> Settings:
+    """What ``[serve]`` says of the endpoint ``name``, with paths that begin at the project's folder.
 
     In a container the environment is at hand where the settings are not: ``TRILOBE_TOKENS``, ``TRILOBE_OPEN=1``.
     """
@@ -171,7 +171,7 @@ def _settings(section: ServeSection, base: Path) -> Settings:
         grpc_port=section.grpc_port if section.grpc else None,
         repository=base / section.repository if section.repository else None,
         flows=pipelines(section, base),
-        batching={"": _batching(section), **{name: _of_model(section, name) for name in section.batching}},
+        batching={"": _batching(section), **{model: _of_model(section, model, name) for model in section.batching}},
         tls=(base / section.tls_cert, base / section.tls_key, authority) if section.tls_cert else None,
         tokens=base / tokens if tokens else None,
         open=section.open or os.environ.get("TRILOBE_OPEN") == "1",
@@ -192,7 +192,7 @@ def _batching(section: ServeSection, said: BatchingSection | None = None, **usua
     return replace(default, **{**usual, **given})
 
 
-def _of_model(section: ServeSection, name: str) -> Batching:
+def _of_model(section: ServeSection, name: str, endpoint: str) -> Batching:
     if section.batching[name].where == "processes":
         raise ConfigError(
             f'[serve.batching.{name}]: where = "processes"',
@@ -202,6 +202,10 @@ def _of_model(section: ServeSection, name: str) -> Batching:
     if name in section.pipelines:
         hint = "of its steps that are functions it is said beside them: batching = {...}"
         raise ConfigError(f"[serve.batching.{name}] is about a pipeline", expected="a model", hint=hint)
+    if name not in (endpoint, *section.models) and not section.repository:  # from there, any may come
+        known = ", ".join((endpoint, *section.models))
+        problem = f"[serve.batching.{name}] is about no model that is served"
+        raise ConfigError(problem, expected=f"one of: {known}", hint="name it so in [serve.models], or take this out")
     return _batching(section, section.batching[name])
 
 

@@ -62,6 +62,13 @@ class Processes:
 
     A call raises what the step raised (:class:`~trilobe.errors.DataError` where the request is to blame, else
     :class:`~trilobe.errors.ServeError`), :class:`Refused` 504 where it hung.
+
+    >>> import numpy as np
+    >>> from trilobe.tasks.image_classification.serve import decode_gray
+    >>> with contextlib.closing(Processes(decode_gray, n=1)) as processes:
+    ...     processes({"photo": np.array([b"no picture"], dtype=object)})
+    Traceback (most recent call last):
+    trilobe.errors.DataError: step 'decode_gray': not an image...
     """
 
     def __init__(
